@@ -1,0 +1,15 @@
+"""ELAN, the Efficient Long-Range Attention Network, as a plugin for BasicSR.
+
+`import elan_basicsr` repairs `basicsr` 1.4.2 for the installed versions of its dependencies and registers everything
+this package adds with BasicSR's registries: arch `ELAN`, model `ELANModel`, and the datasets.
+"""
+from elan_basicsr import compat
+
+compat.apply()  # before the first import of basicsr, which does not import without it
+
+from elan_basicsr.archs import elan_arch  # noqa: E402
+from elan_basicsr.version import __version__  # noqa: E402
+
+ELAN = elan_arch.ELAN
+
+__all__ = ['ELAN', '__version__']

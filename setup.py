@@ -1,0 +1,51 @@
+"""Packaging of elan-basicsr.
+
+basicsr 1.4.2 imports torch in its own setup, so install torch first and this package without build isolation; the
+README's install section and `make venv` do exactly that.
+"""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = {}
+exec((HERE / 'elan_basicsr' / 'version.py').read_text(encoding='utf-8'), VERSION)
+
+setup(
+    name='elan-basicsr',
+    version=VERSION['__version__'],
+    description='ELAN, the Efficient Long-Range Attention Network for image super-resolution, as a plugin for BasicSR',
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords='super-resolution, image restoration, ELAN, BasicSR, PyTorch',
+    packages=find_packages(include=['elan_basicsr', 'elan_basicsr.*']),
+    # The sdist of basicsr 1.4.2 cannot be built by Python 3.13: its setup reads a variable that exec() set in locals().
+    python_requires='>=3.10,<3.13',
+    install_requires=[
+        'torch>=2.6',
+        'torchvision>=0.21',
+        'basicsr==1.4.2',  # brings TensorBoard as tb-nightly; tensorboard beside it would overwrite its files
+        'mmengine>=0.10.7',
+        'lmdb>=1.4',
+        'opencv-python>=4.8',
+        'addict>=2.4',
+        'scipy>=1.10',
+        'numpy>=1.26',
+        'pyyaml>=6.0',
+        'rich>=13',  # mmengine's own dependency; draws the progress line
+        'safetensors>=0.4',
+    ],
+    extras_require={
+        'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
+        'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8'],
+    },
+    entry_points={'console_scripts': ['basicsr=elan_basicsr.cli:main', 'elan-basicsr=elan_basicsr.cli:main']},
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Image Processing',
+    ],
+)
