@@ -1,13 +1,16 @@
-"""Repairs that make basicsr 1.4.2 import and work on today's torch, torchvision, scipy and numpy.
+"""Repairs that make basicsr 1.4.2 import and work on today's torch, torchvision, scipy and opencv, also without a GPU.
 
-Nothing installed is edited. Each repair is one function that looks whether upstream is broken, mends it in memory if
-so, and otherwise does nothing. `apply()` runs them in order and remembers what was done for `basicsr doctor`. This file
-imports nothing of ours, so that it can be run before everything else.
+Nothing installed is edited. Each repair is one function: it looks whether upstream is broken here, mends it in memory
+if so, and otherwise does nothing. `apply()` runs them in order and remembers what was done, which `basicsr doctor`
+prints. This file imports nothing of ours, so that it can run before everything else.
 """
 from __future__ import annotations
 
-import importlib
+import ast
+import functools
 import importlib.util
+import os
+import re
 import sys
 import types
 
@@ -21,18 +24,188 @@ def functional_tensor() -> bool:
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return False
     from torchvision.transforms import functional
-    alias = types.ModuleType(name, 'Stand-in for the module removed in torchvision 0.17.')
+    alias = types.ModuleType(name, 'Stand-in for the module that torchvision 0.17 removed.')
     alias.rgb_to_grayscale = functional.rgb_to_grayscale
     sys.modules[name] = alias
     return True
 
 
-REPAIRS = (functional_tensor,)
+def ndimage_filters() -> bool:
+    """`basicsr.metrics.niqe` imports `scipy.ndimage.filters`, deprecated and announced to go in SciPy 2.
+
+    No upstream report. `scipy.ndimage` itself holds the same functions; the alias also silences the warning.
+    """
+    name = 'scipy.ndimage.filters'
+    if name in sys.modules:
+        return False
+    import scipy.ndimage
+    alias = types.ModuleType(name, 'Stand-in for the deprecated namespace.')
+    alias.convolve = scipy.ndimage.convolve
+    sys.modules[name] = alias
+    return True
+
+
+def jpeg_quality() -> bool:
+    """`add_jpg_compression` hands OpenCV a float quality, which it refuses since 4.5.4.
+
+    Upstream: https://github.com/XPixelGroup/BasicSR/issues/578. The fraction is dropped, as older versions did.
+    """
+    import numpy as np
+    from basicsr.data import degradations
+    upstream = degradations.add_jpg_compression
+    import cv2
+    try:
+        upstream(np.zeros((8, 8, 3), np.float32), quality=90.5)
+        return False
+    except cv2.error:
+        pass
+
+    @functools.wraps(upstream)
+    def add_jpg_compression(img, quality=90):
+        return upstream(img, int(quality))
+
+    degradations.add_jpg_compression = add_jpg_compression
+    return True
+
+
+def safe_yaml() -> bool:
+    """`parse_options` reads option files with PyYAML's full `CLoader`, which runs code that a python tag names.
+
+    No upstream report. The replacement reads the same mappings with the safe loader; a python tag is an error.
+    """
+    from collections import OrderedDict
+
+    import yaml
+    from basicsr.utils import options
+
+    def ordered_yaml():
+        class Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+            pass
+
+        class Dumper(getattr(yaml, 'CSafeDumper', yaml.SafeDumper)):
+            pass
+
+        tag = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
+        Loader.add_constructor(tag, lambda loader, node: OrderedDict(loader.construct_pairs(node)))
+        Dumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
+        return Loader, Dumper
+
+    options.ordered_yaml = ordered_yaml
+    return True
+
+
+def force_yml() -> bool:
+    """`--force_yml` is carried out with `exec` on the key and `eval` on lists.
+
+    No upstream report. Values are read as literals, and a key that is more than names joined by colons is refused
+    before upstream's parser sees it.
+    """
+    import basicsr.test
+    import basicsr.train
+    from basicsr.utils import options
+    upstream_value, upstream_parse = options._postprocess_yml_value, options.parse_options
+
+    @functools.wraps(upstream_value)
+    def postprocess_value(value):
+        return ast.literal_eval(value) if value.startswith('[') else upstream_value(value)
+
+    @functools.wraps(upstream_parse)
+    def parse_options(*args, **kwargs):
+        if '--force_yml' in sys.argv:
+            for entry in sys.argv[sys.argv.index('--force_yml') + 1:]:
+                if entry.startswith('-'):
+                    break
+                if not re.fullmatch(r'\s*[\w-]+(:[\w-]+)*\s*=.*', entry):
+                    raise SystemExit(f'--force_yml {entry}: expected key:sub=value, with letters, digits and _ in keys')
+        return upstream_parse(*args, **kwargs)
+
+    options._postprocess_yml_value = postprocess_value
+    for module in (options, basicsr.train, basicsr.test):
+        module.parse_options = parse_options
+    return True
+
+
+def resume_without_gpu() -> bool:
+    """`load_resume_state` asks CUDA for its current device, and looks for `--auto_resume` states under the working
+    directory while the run writes them under `root_path`.
+
+    Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107.
+    """
+    import basicsr.train
+    import torch
+    upstream = basicsr.train.load_resume_state
+
+    @functools.wraps(upstream)
+    def load_resume_state(opt):
+        if torch.cuda.is_available():
+            return upstream(opt)
+        states = opt['path'].get('training_states')
+        if opt.get('auto_resume') and states and os.path.isdir(states):
+            iters = [int(name[:-len('.state')]) for name in os.listdir(states) if re.fullmatch(r'\d+\.state', name)]
+            if iters:
+                opt['path']['resume_state'] = os.path.join(states, f'{max(iters)}.state')
+        if not opt['path'].get('resume_state'):
+            return None
+        state = torch.load(opt['path']['resume_state'], map_location='cpu', weights_only=True)
+        basicsr.train.check_resume(opt, state['iter'])
+        return state
+
+    basicsr.train.load_resume_state = load_resume_state
+    return True
+
+
+def ddp_without_gpu() -> bool:
+    """`BaseModel.model_to_device` gives DistributedDataParallel a CUDA device on every machine.
+
+    Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107.
+    """
+    import torch
+    from basicsr.models.base_model import BaseModel
+    upstream = BaseModel.model_to_device
+
+    @functools.wraps(upstream)
+    def model_to_device(self, net):
+        if not self.opt['dist'] or self.device.type == 'cuda':
+            return upstream(self, net)
+        unused = self.opt.get('find_unused_parameters', False)
+        return torch.nn.parallel.DistributedDataParallel(net.to(self.device), find_unused_parameters=unused)
+
+    BaseModel.model_to_device = model_to_device
+    return True
+
+
+def process_group_without_gpu() -> bool:
+    """`init_dist` sets a CUDA device by `rank % number of GPUs` and asks for NCCL on every machine.
+
+    Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107. Without a GPU the group
+    starts with gloo from the variables torchrun sets, or from SLURM's with MASTER_ADDR.
+    """
+    import torch
+    from basicsr.utils import dist_util
+    from basicsr.utils import options
+    upstream = dist_util.init_dist
+
+    @functools.wraps(upstream)
+    def init_dist(launcher, backend='nccl', **kwargs):
+        if torch.cuda.is_available():
+            return upstream(launcher, backend, **kwargs)
+        if launcher == 'slurm':
+            for ours, theirs in (('RANK', 'SLURM_PROCID'), ('WORLD_SIZE', 'SLURM_NTASKS')):
+                os.environ.setdefault(ours, os.environ[theirs])
+            os.environ.setdefault('MASTER_PORT', str(kwargs.get('port', 29500)))
+        torch.distributed.init_process_group('gloo')
+
+    dist_util.init_dist = options.init_dist = init_dist
+    return True
+
+
+REPAIRS = (functional_tensor, ndimage_filters, jpeg_quality, safe_yaml, force_yml, resume_without_gpu,
+           ddp_without_gpu, process_group_without_gpu)
 applied: dict[str, bool] = {}
 
 
 def apply() -> None:
-    """Run every repair once; safe to call again."""
+    """Run every repair once, in order; safe to call again."""
     for repair in REPAIRS:
         if repair.__name__ not in applied:
             applied[repair.__name__] = repair()

@@ -1,0 +1,116 @@
+"""The `basicsr` command: arguments in, one call out; what a command does lives in the module it calls.
+
+Every command is one `_add_NAME` function that describes its arguments and names the function to call. Imports stand
+inside the calls, so that `basicsr --help` answers without loading torch.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from elan_basicsr.errors import UserError
+from elan_basicsr.version import __version__
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the nearest command or option."""
+
+    def error(self, message: str):
+        sys.stderr.write(f'basicsr: error: {message}{self._suggestion(message)}; see `{self.prog} --help`\n')
+        sys.exit(EXIT_USER_ERROR)
+
+    def _suggestion(self, message: str) -> str:
+        known = [name for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
+        for word in message.replace("'", ' ').replace('=', ' ').split():
+            near = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+            if near and near[0] != word:
+                return f'; did you mean {near[0]}?'
+        return ''
+
+
+def _command(commands, name: str, help_: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help_, description=help_, epilog=f'example:\n  {example}',
+                               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `test` have in common, named as BasicSR names it."""
+    parser.add_argument('-opt', required=True, metavar='FILE', help='the option file (YAML)')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+                        help='how the processes were started; read from the environment when not given')
+    parser.add_argument('--set', dest='overrides', nargs='+', action='extend', default=[], metavar='KEY.SUB=VALUE',
+                        help='override options, such as train.total_iter=1000; the value is read as YAML')
+    parser.add_argument('--force_yml', nargs='+', action='extend', default=[], metavar='KEY:SUB=VALUE',
+                        help="BasicSR's form of --set, for keys that exist")
+    # torch.distributed.launch passed this; torchrun puts it in the environment, where it is read from.
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+
+def _add_train(commands) -> None:
+    parser = _command(commands, 'train', 'train a network as an option file says',
+                      'basicsr train -opt options/train_ELAN_light_x4.yml --auto_resume')
+    _add_run_arguments(parser)
+    parser.add_argument('--auto_resume', action='store_true', help='continue from the newest whole checkpoint')
+    parser.add_argument('--debug', action='store_true', help="a short run: BasicSR's debug settings")
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.engine.train import train
+        return train(args.opt, overrides=args.overrides, force_yml=args.force_yml, launcher=args.launcher,
+                     auto_resume=args.auto_resume, debug=args.debug)
+
+    parser.set_defaults(call=call)
+
+
+def _add_test(commands) -> None:
+    parser = _command(commands, 'test', 'test a network as an option file says',
+                      'basicsr test -opt options/test_ELAN_light_x4.yml')
+    _add_run_arguments(parser)
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.engine.test import test
+        return test(args.opt, overrides=args.overrides, force_yml=args.force_yml, launcher=args.launcher)
+
+    parser.set_defaults(call=call)
+
+
+def _add_doctor(commands) -> None:
+    parser = _command(commands, 'doctor', 'print versions, devices, repairs and what the registries hold',
+                      'basicsr doctor')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.engine.doctor import doctor
+        return doctor()
+
+    parser.set_defaults(call=call)
+
+
+ADD_COMMANDS = (_add_train, _add_test, _add_doctor)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='basicsr', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     description='Train, test and use ELAN and the other networks of BasicSR.',
+                     epilog='example:\n  basicsr train -opt options/train_ELAN_x4.yml')
+    parser.add_argument('--version', action='version', version=f'elan-basicsr {__version__}')
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    for add in ADD_COMMANDS:
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.call(args)
+    except UserError as error:
+        sys.stderr.write(f'basicsr: error: {error}\n')
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write('basicsr: interrupted\n')
+        return EXIT_INTERRUPTED
