@@ -181,8 +181,7 @@ def process_group_without_gpu() -> bool:
     starts with gloo from the variables torchrun sets, or from SLURM's with MASTER_ADDR.
     """
     import torch
-    from basicsr.utils import dist_util
-    from basicsr.utils import options
+    from basicsr.utils import dist_util, options
     upstream = dist_util.init_dist
 
     @functools.wraps(upstream)

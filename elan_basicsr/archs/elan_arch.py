@@ -34,7 +34,7 @@ def shift(x: Tensor) -> Tensor:
 
 
 class ShiftConv(nn.Conv2d):
-    """A 1x1 convolution of shifted channels: the reach of a 3x3 one at a ninth of its cost. (B, C, H, W) -> (B, D, H, W)."""
+    """A 1x1 convolution of shifted channels, with the reach of a 3x3 one. (B, C, H, W) -> (B, D, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=1)

@@ -1,0 +1,320 @@
+"""Checkpoints: every form in circulation in, every form out, read safely and written whole.
+
+A state dict of ELAN comes with four kinds of names: ours, the authors' with depthwise shift kernels, the authors' with
+masked 3x3 convolutions, and traiNNer-redux's (the authors' without mean-shift layers: range 1, mean 0). All become ours.
+"""
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from elan_basicsr.archs.elan_arch import ELAN, NUM_SHIFT_GROUPS
+from elan_basicsr.errors import UserError
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)
+# Where a masked 3x3 kernel is open for each group of input channels: right, left, below, above, itself.
+_SHIFT_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1), (1, 1))
+
+StateDict = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> StateDict:
+    """The network weights in a file, names as they stand there, without a `module.` prefix; tensors on the CPU.
+
+    Takes the authors' form (`model_state_dict`), BasicSR's (`params`, `params_ema`), a bare state dict, `.safetensors`.
+
+    Args:
+        path: The file.
+        param_key: Which of several sets of weights; when not given or absent, `params_ema`, then `params`.
+
+    Raises:
+        UserError: The file is missing, truncated, no checkpoint, or holds objects other than tensors, which is never
+            unpickled.
+    """
+    content = _read_safetensors(path) if str(path).endswith('.safetensors') else _read_torch(path)
+    state = content
+    for key in (param_key, 'params_ema', 'params', 'model_state_dict', 'state_dict', 'model'):
+        if key is not None and isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    state = {str(name).removeprefix('module.'): value for name, value in state.items()}
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others or not state:
+        found = f'{others[0]!r} is no tensor' if others else 'it is empty'
+        raise UserError(f'{path}: no network weights found: {found}; expected a state dict, or one under params, '
+                        'params_ema or model_state_dict')
+    return state
+
+
+def _read_torch(path) -> dict:
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file; expected a checkpoint') from None
+    except IsADirectoryError:
+        raise UserError(f'{path}: is a folder, expected a checkpoint file') from None
+    except pickle.UnpicklingError as error:
+        if 'Unsupported' in str(error) or 'GLOBAL' in str(error):
+            found = re.search(r'GLOBAL ([\w.]+)', str(error))
+            what = f' ({found.group(1)})' if found else ''
+            raise UserError(f'{path}: holds Python objects beside tensors{what}, which could run code when read, and is '
+                            'refused; save its state dict alone with torch.save') from None
+        raise UserError(f'{path}: is no PyTorch checkpoint ({_one_line(error)})') from None
+    except MemoryError:
+        raise UserError(f'{path}: claims more memory than there is') from None
+    except Exception as error:  # torch's readers raise a dozen types on damaged files
+        raise UserError(f'{path}: cannot be read as a checkpoint, it may be cut off or damaged ({_one_line(error)})'
+                        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: holds a {type(content).__name__}, expected a dict of tensors')
+    return content
+
+
+def _read_safetensors(path) -> dict:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file; expected a checkpoint') from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read as safetensors, it may be cut off or damaged ({_one_line(error)})'
+                        ) from None
+
+
+def read_training_state(path: str | os.PathLike) -> dict:
+    """A `.state` file of a training run: iteration, optimizers, schedulers.
+
+    Raises:
+        UserError: The file is missing, damaged, or no training state.
+    """
+    state = _read_torch(path)
+    missing = [key for key in ('iter', 'epoch', 'optimizers', 'schedulers') if key not in state]
+    if missing:
+        raise UserError(f'{path}: is no training state: {", ".join(missing)} missing; expected a file ITER.state that '
+                        'a training run wrote')
+    return state
+
+
+def damage(path: str | os.PathLike) -> str | None:
+    """What is wrong with a file that torch.save wrote: missing, cut off, or a record whose CRC-32 does not match."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except FileNotFoundError:
+        return 'no such file'
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        return f'cut off or damaged ({_one_line(error)})'
+    return f'damaged at {bad}' if bad else None
+
+
+def _one_line(error: BaseException) -> str:
+    text = ' '.join(str(error).split())
+    return (text[:120] + '…' if len(text) > 120 else text) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+def save_atomic(content: dict, path: str | os.PathLike) -> None:
+    """Write `content` with torch.save to a temporary file beside `path`, flush it to the disk, and rename it.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full; a file that stood at `path` before is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as file:
+            temporary = file.name
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile makes files for the owner alone
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(f'{path}: cannot be saved: {_one_line(error)}; what was saved before is intact') from error
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; not every file system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------- converting
+
+def to_native(state: StateDict) -> StateDict:
+    """Any known naming of ELAN's weights to ours. Fixed shift kernels and mean-shift layers are dropped."""
+    native = {}
+    masked = {name[:-2] for name in state if name.endswith('shift_conv.w')}
+    for name, value in state.items():
+        if name.startswith(('sub_mean.', 'add_mean.')) or name.endswith(('shift_conv.weight', 'shift_conv.m')):
+            continue
+        if name.endswith('shift_conv.w') and name[:-2] in masked:
+            value = _open_taps(value)
+        native[_native_name(name)] = value
+    return native
+
+
+def _native_name(name: str) -> str:
+    name = re.sub(r'^(head|tail)\.0\.', r'\1.', name)
+    name = re.sub(r'\.modules_(lfe|gmsa)\.\1_(\d+)\.', r'.\1.\2.', name)
+    name = name.replace('.shift_conv.conv1x1.', '.').replace('.shift_conv.w', '.weight').replace('.shift_conv.b', '.bias')
+    return name.replace('.project_inp.0.', '.project_in.').replace('.project_inp.1.', '.norm.')
+
+
+def _open_taps(kernel: Tensor) -> Tensor:
+    """The one open tap per group of a masked (D, C, 3, 3) kernel, as a (D, C, 1, 1) one."""
+    group = kernel.shape[1] // NUM_SHIFT_GROUPS
+    sizes = [group] * 4 + [kernel.shape[1] - 4 * group]
+    parts = [part[:, :, y, x] for part, (y, x) in zip(kernel.split(sizes, dim=1), _SHIFT_TAPS, strict=True)]
+    return torch.cat(parts, dim=1)[:, :, None, None]
+
+
+def elan_hyperparameters(state: StateDict) -> dict:
+    """Every hyper-parameter of ELAN from the shapes of its weights, under any naming.
+
+    The window sizes leave no trace in the weights and are not in the result; the range and the mean do only where the
+    authors' mean-shift layers are there.
+
+    Raises:
+        UserError: The weights are not those of an ELAN.
+    """
+    native = to_native(state)
+    try:
+        num_feat, num_in_ch = native['head.weight'].shape[:2]
+        blocks = 1 + max(int(name.split('.')[1]) for name in native if name.startswith('body.'))
+        modules = 1 + max(int(name.split('.')[3]) for name in native if name.startswith('body.0.lfe.'))
+        expansion = native['body.0.lfe.0.conv0.weight'].shape[0] // num_feat  # (num_feat * expansion, num_feat, 1, 1)
+        out = native['tail.weight'].shape[0]  # num_out_ch * upscale²
+    except (KeyError, ValueError, IndexError):
+        raise UserError('the weights are not those of an ELAN: expected head, body.B.lfe, body.B.gmsa and tail') from None
+    # Colour in, colour out. Grey to grey and RGB to RGB are told apart from out = num_out_ch * upscale² by trying the
+    # channels of the input first.
+    for num_out_ch in (num_in_ch, 1, 3):
+        upscale = round((out / num_out_ch) ** 0.5)
+        if num_out_ch * upscale**2 == out:
+            break
+    else:
+        raise UserError(f'the tail has {out} channels, which is no num_out_ch * upscale²')
+    found = dict(upscale=upscale, num_in_ch=num_in_ch, num_out_ch=num_out_ch, num_feat=num_feat,
+                 num_block=blocks * modules, num_share=modules - 1, expansion=expansion)
+    found.update(_range_and_mean(state))
+    return found
+
+
+def _range_and_mean(state: StateDict) -> dict:
+    """img_range and rgb_mean, where the naming tells them.
+
+    The authors' layer adds bias = img_range * rgb_mean, so that with the published mean the range is bias / mean.
+    traiNNer-redux uses the authors' names without that layer and trains on range 1 without a mean.
+    """
+    if 'add_mean.bias' in state:
+        bias = state['add_mean.bias'].double()
+        if bias.shape != (3,):
+            return {}
+        ratios = bias / torch.tensor(RGB_MEAN, dtype=torch.float64)
+        if ratios[0] > 0 and torch.allclose(ratios, ratios[0].expand(3), rtol=1e-4):
+            return {'img_range': round(ratios[0].item(), 3)}
+        return {}
+    if 'head.0.weight' in state:
+        channels = state['head.0.weight'].shape[1]
+        return {'img_range': 1., 'rgb_mean': (0.,) * channels}
+    return {}
+
+
+def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperparameters) -> ELAN:
+    """The ELAN in a checkpoint of any known form, in eval mode on the CPU.
+
+    Args:
+        path: The file; see `read_state_dict`.
+        param_key: `params` or `params_ema`, for files that hold both.
+        hyperparameters: Arguments of `ELAN` that the weights do not tell, such as `window_sizes` or `img_range`, or
+            that should be other than found.
+
+    Raises:
+        UserError: The file cannot be read, or is no ELAN's.
+        ValueError: A hyper-parameter given cannot work.
+    """
+    state = read_state_dict(path, param_key)
+    try:
+        found = elan_hyperparameters(state)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    net = ELAN(**{**found, **hyperparameters})
+    _load_native(net, to_native(state), path)
+    return net.eval()
+
+
+def load_into(net: ELAN, path: str | os.PathLike, strict: bool = True, param_key: str | None = 'params') -> list[str]:
+    """Load a checkpoint of any known form into a network.
+
+    Args:
+        net: The network, which keeps its hyper-parameters.
+        path: The file; see `read_state_dict`.
+        strict: Whether every weight must fit. Otherwise those that are absent or have another shape stay as they are:
+            an x2 network starts an x3 or x4 one, all but the tail.
+        param_key: `params` or `params_ema`, for files that hold both.
+
+    Returns:
+        The names of the weights that were not loaded, empty when `strict`.
+
+    Raises:
+        UserError: The file cannot be read, or does not fit.
+    """
+    native = to_native(read_state_dict(path, param_key))
+    if strict:
+        _load_native(net, native, path)
+        return []
+    own = net.state_dict()
+    fitting = {name: value for name, value in native.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UserError(f'{path}: none of its weights fits the network; is it an ELAN of the same width?')
+    net.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def _load_native(net: nn.Module, native: StateDict, path) -> None:
+    own = net.state_dict()
+    wrong = [f'{name} is {tuple(native[name].shape)} there and {tuple(own[name].shape)} here'
+             for name in own if name in native and own[name].shape != native[name].shape]
+    wrong += [f'{name} is missing there' for name in own if name not in native]
+    wrong += [f'{name} is unknown here' for name in native if name not in own]
+    if wrong:
+        more = f' and {len(wrong) - 2} more' if len(wrong) > 2 else ''
+        scale = _scale_of(native)
+        hint = f'; the file is x{scale}, the network x{net.upscale}' if scale not in (None, net.upscale) else ''
+        raise UserError(f'{path}: does not fit the network: {"; ".join(wrong[:2])}{more}{hint}; make network_g agree '
+                        'with the file, or set strict_load_g: false to load what fits')
+    net.load_state_dict(native)
+
+
+def _scale_of(native: StateDict) -> int | None:
+    try:
+        return elan_hyperparameters(native)['upscale']
+    except UserError:
+        return None

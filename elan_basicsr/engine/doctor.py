@@ -1,0 +1,57 @@
+"""`basicsr doctor`: what a bug report needs, and whether everything stands."""
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+from basicsr.utils import registry
+
+from elan_basicsr import compat
+
+PACKAGES = ('elan-basicsr', 'basicsr', 'torch', 'torchvision', 'numpy', 'scipy', 'opencv-python', 'mmengine', 'lmdb',
+            'safetensors', 'tb-nightly')
+EXPECTED = {
+    'ARCH_REGISTRY': ('ELAN', 'EDSR', 'MSRResNet', 'RCAN', 'SwinIR', 'RRDBNet'),
+    'MODEL_REGISTRY': ('ELANModel', 'SRModel', 'SRGANModel', 'SwinIRModel'),
+    'DATASET_REGISTRY': ('PairedRawLmdbDataset', 'PairedImageDataset', 'RealESRGANDataset'),
+    'LOSS_REGISTRY': ('L1Loss', 'GANLoss', 'PerceptualLoss'),
+    'METRIC_REGISTRY': ('calculate_psnr', 'calculate_ssim', 'calculate_niqe'),
+}
+
+
+def doctor() -> int:
+    """Print versions, devices, repairs and registries; return 0 when every registry holds what it should, else 1."""
+    print(f'Python {platform.python_version()} on {platform.system()} {platform.release()} ({platform.machine()})')
+    print('\nversions')
+    for package in PACKAGES:
+        print(f'  {package:<16}{_version(package)}')
+    print('\ndevices')
+    print(f'  CPU             {torch.get_num_threads()} threads')
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        print(f'  cuda:{index}          {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
+    if not torch.cuda.is_available():
+        print('  no GPU          training and testing run on the CPU')
+    print('\nrepairs to basicsr')
+    for repair in compat.REPAIRS:
+        reason = ' '.join(repair.__doc__.split('\n\n')[0].split())
+        print(f'  {"applied" if compat.applied[repair.__name__] else "not needed":<12}{repair.__name__}: {reason}')
+    print('\nregistries')
+    absent = {name: [entry for entry in entries if not _registered(getattr(registry, name), entry)]
+              for name, entries in EXPECTED.items()}
+    for name, missing in absent.items():
+        state = f'MISSING {", ".join(missing)}' if missing else 'complete'
+        print(f'  {name:<18}{len(list(getattr(registry, name).keys())):>3} entries, {state}')
+    return 1 if any(absent.values()) else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
+def _registered(entries: registry.Registry, name: str) -> bool:
+    return name in entries or f'{name}_basicsr' in entries

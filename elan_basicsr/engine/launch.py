@@ -1,0 +1,125 @@
+"""Device and process group, worked out from the environment the launcher left."""
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from elan_basicsr.errors import UserError
+
+# Names under which each launcher tells rank, number of processes and rank on this host.
+_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+_HYDRA_VARIABLES = ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID')  # MPICH and Intel MPI
+_STARTED_BY = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
+_DEFAULT_PORT = '29500'  # torch.distributed's own
+_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str = 'none'
+
+    @property
+    def distributed(self) -> bool:
+        return self.launcher != 'none'
+
+
+def detect_launcher() -> str:
+    """The launcher that started this process: 'pytorch', 'slurm', 'mpi', or 'none'."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ or {'RANK', 'WORLD_SIZE'} <= os.environ.keys():
+        return 'pytorch'
+    # sbatch sets SLURM_NTASKS too; only a step started by srun has more than the batch script itself.
+    if os.environ.get('SLURM_STEP_ID', '').isdigit() and int(os.environ.get('SLURM_NTASKS', '1')) > 1:
+        return 'slurm'
+    if 'OMPI_COMM_WORLD_SIZE' in os.environ or {'PMI_SIZE', 'MPI_LOCALRANKID'} <= os.environ.keys():
+        return 'mpi'
+    return 'none'
+
+
+def read_environment(launcher: str | None = None) -> Processes:
+    """Rank and size from the launcher's variables, also written to the ones torch.distributed reads.
+
+    Raises:
+        UserError: The environment of the launcher is missing, incomplete or contradictory.
+    """
+    launcher = launcher or detect_launcher()
+    if launcher == 'none':
+        return Processes()
+    names = _VARIABLES[launcher]
+    if launcher == 'mpi' and names[0] not in os.environ:
+        names = _HYDRA_VARIABLES
+    values = []
+    for name in names:
+        text = os.environ.get(name)
+        if text is None or not text.isdigit():
+            raise UserError(f'--launcher {launcher}: environment variable {name} is '
+                            f'{"not set" if text is None else repr(text)}, expected an integer; start the command with '
+                            f'{_STARTED_BY[launcher]}, or use --launcher none')
+        values.append(int(text))
+    rank, world_size, local_rank = values
+    if not rank < world_size:
+        raise UserError(f'--launcher {launcher}: {names[0]} is {rank} but {names[1]} is {world_size}; '
+                        f'ranks count from 0')
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault('MASTER_PORT', _DEFAULT_PORT)
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(launcher, world_size)
+    return Processes(rank, world_size, local_rank, launcher)
+
+
+def _first_host(launcher: str, world_size: int) -> str:
+    """The host of rank 0, which the others meet at."""
+    if launcher == 'slurm':
+        nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST', '')
+        try:
+            shown = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True,
+                                   check=True, timeout=30)
+            return shown.stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            raise UserError(f'--launcher slurm: `scontrol show hostnames {nodes}` failed ({error}); set MASTER_ADDR '
+                            'to the host of the first task') from error
+    local_size = os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') or os.environ.get('LOCAL_WORLD_SIZE')
+    if launcher == 'mpi' and local_size == str(world_size):
+        return socket.gethostname()
+    raise UserError(f'--launcher {launcher}: MASTER_ADDR is not set; set it to the host of rank 0 '
+                    '(torchrun does so by itself)')
+
+
+@contextmanager
+def process_group(launcher: str | None = None) -> Iterator[Processes]:
+    """Join the run's processes, on NCCL with a GPU for each or on gloo without, and leave them at the end."""
+    processes = read_environment(launcher)
+    if not processes.distributed:
+        yield processes
+        return
+    backend = 'gloo'
+    if torch.cuda.is_available():
+        backend = 'nccl'
+        if processes.local_rank >= torch.cuda.device_count():
+            raise UserError(f'local rank {processes.local_rank} has no GPU of its own: {torch.cuda.device_count()} on '
+                            'this host; start one process per GPU')
+        torch.cuda.set_device(processes.local_rank)
+    try:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f'the {processes.world_size} processes could not meet at {os.environ["MASTER_ADDR"]}:'
+                        f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}') from error
+    try:
+        yield processes
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""What training and testing share: the run's folders, its logger, its seeds, its datasets."""
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import warnings
+from os import path as osp
+
+import torch
+import torch.distributed as dist
+from basicsr.data import build_dataset
+from basicsr.utils import get_env_info, get_root_logger, get_time_str
+from basicsr.utils.logger import initialized_logger
+from basicsr.utils.options import dict2str
+from torch.utils.data import DataLoader, Dataset
+
+from elan_basicsr.engine.launch import Processes
+from elan_basicsr.errors import UserError
+
+
+def join_run(opt: dict, processes: Processes) -> None:
+    """Write rank, size and seed of the run into the options; the seed of rank 0 is everybody's."""
+    opt['dist'] = processes.distributed
+    opt['rank'], opt['world_size'] = processes.rank, processes.world_size
+    seed = [opt.get('manual_seed')]
+    if seed[0] is None:
+        seed = [random.randint(1, 10000)]
+        if processes.distributed:
+            dist.broadcast_object_list(seed)
+    opt['manual_seed'] = seed[0]
+
+
+def set_backends(opt: dict) -> None:
+    """`deterministic: true` asks torch for kernels that repeat themselves; otherwise cuDNN looks for the fastest."""
+    deterministic = bool(opt.get('deterministic'))
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+
+
+def open_log(opt: dict, kind: str) -> logging.Logger:
+    """The toolbox's logger, writing to the terminal and to `KIND_NAME_TIME.log` in the run's folder."""
+    initialized_logger.pop('basicsr', None)  # one program can run several trainings, each with a log file of its own
+    logger = logging.getLogger('basicsr')
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    log_file = osp.join(opt['path']['log'], f'{kind}_{opt["name"]}_{get_time_str()}.log')
+    logger = get_root_logger(logger_name='basicsr', log_level=logging.INFO, log_file=log_file)
+    to_terminal, file_handlers = logger.handlers[0], logger.handlers[1:]
+    to_terminal.setFormatter(logging.Formatter('%(asctime)s %(message)s', datefmt='%H:%M:%S'))
+    for line in (get_env_info(), dict2str(opt)):  # a page of text that belongs into the file only
+        for handler in file_handlers:
+            handler.handle(logger.makeRecord('basicsr', logging.INFO, '', 0, line, (), None))
+    for notice in opt.get('notices', ()):
+        logger.info(notice)
+    logging.captureWarnings(True)
+    warnings.filterwarnings('ignore', message='.*does not have many workers.*')
+    return logger
+
+
+def build_checked_dataset(opt: dict, phase: str) -> Dataset:
+    """The dataset `datasets.PHASE` of the options, with something in it.
+
+    Raises:
+        UserError: The dataset cannot be opened or is empty.
+    """
+    dataset_opt = opt['datasets'][phase]
+    where = f'datasets.{phase} ({dataset_opt.get("dataroot_gt") or dataset_opt.get("dataroot_lq")})'
+    try:
+        dataset = build_dataset(dataset_opt)
+    except (AssertionError, OSError, ValueError, KeyError) as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{where}: the dataset cannot be opened: {reason or type(error).__name__}; '
+                        '`basicsr data verify` lists what is wrong with it') from error
+    if len(dataset) == 0:
+        raise UserError(f'{where}: the dataset is empty, expected at least one image')
+    return dataset
+
+
+def build_validation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
+    """One loader per validation or test set, in the order of the option file; images come one at a time."""
+    loaders = []
+    for phase in opt['datasets']:
+        if phase.split('_')[0] in phases:
+            dataset = build_checked_dataset(opt, phase)
+            loaders.append(DataLoader(dataset, batch_size=1))
+            get_root_logger().info(f'{dataset.opt["name"]}: {len(dataset)} images')
+    return loaders
+
+
+def on_terminal() -> bool:
+    """Whether a person watches: a live line is of use there, and garbage in a log file."""
+    return sys.stderr.isatty()

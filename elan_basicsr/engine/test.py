@@ -1,0 +1,34 @@
+"""`basicsr test`: restore the images of every test set with a trained network, and measure them."""
+from __future__ import annotations
+
+from basicsr.models import build_model
+from basicsr.utils import make_exp_dirs
+
+from elan_basicsr.data.sampling import seed_all
+from elan_basicsr.engine.launch import process_group
+from elan_basicsr.engine.options import load_options
+from elan_basicsr.engine.run import build_validation_loaders, join_run, open_log, set_backends
+
+
+def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = None, root: str | None = None) -> int:
+    """Test as the option file at `opt_path` says; results go to `results/NAME` under `root` (the current directory).
+
+    Raises:
+        UserError: An option, a dataset or a checkpoint is wrong.
+    """
+    opt = load_options(opt_path, is_train=False, overrides=overrides, force_yml=force_yml, root=root)
+    with process_group(launcher) as processes:
+        join_run(opt, processes)
+        set_backends(opt)
+        seed_all(opt['manual_seed'])
+        make_exp_dirs(opt)
+        if opt['dist']:
+            import torch.distributed as dist
+            dist.barrier()  # the folders stand before anyone writes into them
+        logger = open_log(opt, 'test')
+        loaders = build_validation_loaders(opt, ('test', 'val'))
+        model = build_model(opt)
+        for loader in loaders:
+            logger.info(f'Testing {loader.dataset.opt["name"]}...')
+            model.validation(loader, opt['name'], tb_logger=None, save_img=opt['val'].get('save_img', False))
+    return 0

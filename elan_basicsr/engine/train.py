@@ -1,0 +1,183 @@
+"""`basicsr train`: from an option file to a trained network, in the order things happen.
+
+The parts are the toolbox's (registries, builders, message logger, TensorBoard); the loop is ours because the toolbox's
+counts past its end, repeats the random numbers of its loader workers every epoch, and cannot resume without a GPU.
+"""
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Iterator
+from os import path as osp
+
+from basicsr.data.prefetch_dataloader import CUDAPrefetcher
+from basicsr.models import build_model
+from basicsr.train import init_tb_loggers
+from basicsr.utils import AvgTimer, MessageLogger, make_exp_dirs, mkdir_and_rename
+from basicsr.utils.options import copy_opt_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, mix_seed, seed_all
+from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
+from elan_basicsr.engine.launch import process_group
+from elan_basicsr.engine.options import load_options
+from elan_basicsr.engine.resume import find_resume_state
+from elan_basicsr.engine.run import (
+    build_checked_dataset,
+    build_validation_loaders,
+    join_run,
+    on_terminal,
+    open_log,
+    set_backends,
+)
+
+
+def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = None, auto_resume: bool = False,
+          debug: bool = False, root: str | None = None) -> int:
+    """Train as the option file at `opt_path` says; the run's folders are made under `root` (the current directory).
+
+    Returns:
+        The exit code: 0 when all iterations are done, `interrupt.EXIT_STOPPED` when a signal stopped the run after
+        saving it.
+
+    Raises:
+        UserError: An option, a dataset or a checkpoint is wrong, or the loss is no longer finite.
+    """
+    opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
+                       auto_resume=auto_resume, root=root)
+    with process_group(launcher) as processes, StopRequest() as stop:
+        join_run(opt, processes)
+        set_backends(opt)
+        resume_state = open_run(opt, opt_path)
+        logger = open_log(opt, 'train')
+        tb_logger = init_tb_loggers(opt)
+        train_set = build_checked_dataset(opt, 'train')
+        validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else []
+        seed_all(opt['manual_seed'])  # the same initial weights on every process
+        model = build_model(opt)
+        if resume_state:
+            model.resume_training(resume_state)
+        run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
+        finished = run.loop(stop)
+        if tb_logger:
+            tb_logger.close()
+    return 0 if finished else EXIT_STOPPED
+
+
+def open_run(opt: dict, opt_path: str) -> dict | None:
+    """Make the run's folders (a finished run of the same name is moved aside) or find the state to resume from."""
+    resume_state = find_resume_state(opt, opt.setdefault('notices', []))
+    if resume_state is None:
+        make_exp_dirs(opt)
+        if opt['logger'].get('use_tb_logger') and 'debug' not in opt['name'] and opt['rank'] == 0:
+            mkdir_and_rename(osp.join(opt['root_path'], 'tb_logger', opt['name']))
+    copy_opt_file(opt_path, opt['path']['experiments_root'])
+    if opt['dist']:
+        import torch.distributed as dist
+        dist.barrier()  # the folders stand before anyone logs into them
+    return resume_state
+
+
+class Training:
+    """The loop over iterations, and what happens around one: logging, saving, validation."""
+
+    def __init__(self, opt, model, train_set, validation, tb_logger, logger, resume_state):
+        self.opt, self.model, self.validation = opt, model, validation
+        self.tb_logger, self.logger = tb_logger, logger
+        self.iteration = resume_state['iter'] if resume_state else 0
+        self.total = int(opt['train']['total_iter'])
+        self.data_opt = opt['datasets']['train']
+        self.batch_size = self.data_opt['batch_size_per_gpu']
+        if not opt['dist']:  # DataParallel shares one batch among the GPUs
+            self.batch_size *= max(opt['num_gpu'], 1)
+        self.step_size = self.batch_size * opt['world_size']
+        self.samples = resume_state.get('samples', self.iteration * self.step_size) if resume_state else 0
+        self.epoch_size = len(train_set) * self.data_opt.get('dataset_enlarge_ratio', 1)
+        self.loader = self._build_loader(train_set)
+        self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
+        steps = math.ceil(self.epoch_size / self.step_size)
+        logger.info(f'{len(train_set)} training images, {self.step_size} patches an iteration, {steps} iterations an '
+                    f'epoch, {self.total} iterations in all')
+
+    def _build_loader(self, train_set) -> DataLoader:
+        opt = self.opt
+        workers = self.data_opt.get('num_worker_per_gpu', 0) * (1 if opt['dist'] else max(opt['num_gpu'], 1))
+        sampler = StreamSampler(len(train_set), self.batch_size, opt['manual_seed'], opt['rank'], opt['world_size'],
+                                start=self.samples)
+        return DataLoader(SeededDataset(train_set), batch_size=self.batch_size, sampler=sampler, num_workers=workers,
+                          pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
+
+    @property
+    def epoch(self) -> int:
+        return self.samples // self.epoch_size
+
+    def loop(self, stop: StopRequest) -> bool:
+        """Train to the last iteration, or until `stop`; tell whether the last one was reached."""
+        self.logger.info(f'Start training from epoch: {self.epoch}, iter: {self.iteration}')
+        begin = time.time()
+        saved = None
+        show = on_terminal() and self.opt['rank'] == 0
+        with logging_redirect_tqdm([self.logger]), tqdm(total=self.total, initial=self.iteration, unit='it',
+                                                        dynamic_ncols=True, disable=not show) as bar:
+            for _ in self._iterations():
+                bar.update()
+                bar.set_postfix_str(self._live_figures(), refresh=False)
+                stopping = stop.requested()
+                if self.iteration % self.opt['logger']['save_checkpoint_freq'] == 0 or stopping:
+                    self.save()
+                    saved = self.iteration
+                if stopping:
+                    self.logger.info(f'{stop.cause}: stopped and saved at iteration {self.iteration}; '
+                                     'go on with --auto_resume')
+                    return False
+                if self.validation and self.iteration % self.opt['val']['val_freq'] == 0:
+                    self.validate()
+        self.logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - begin))}')
+        if saved != self.iteration:
+            self.save()
+        self.model.save(epoch=-1, current_iter=-1)  # -1 stands for the latest
+        if self.validation and self.iteration % self.opt['val']['val_freq'] != 0:
+            self.validate()
+        return True
+
+    def _iterations(self) -> Iterator[None]:
+        """Carry out one iteration after the other."""
+        data_timer, iter_timer = AvgTimer(), AvgTimer()
+        batches = iter(self.loader)
+        if self.data_opt.get('prefetch_mode') == 'cuda' and self.model.device.type == 'cuda':
+            prefetcher = CUDAPrefetcher(self.loader, self.opt)
+            batches = iter(prefetcher.next, None)
+        while self.iteration < self.total:
+            data_timer.start()
+            data = next(batches)
+            data_timer.record()
+            iter_timer.start()
+            self.iteration += 1
+            # What the model itself draws (degradations on the device, dropout) also depends on the iteration alone.
+            seed_all(mix_seed(self.opt['manual_seed'], -1, self.iteration, self.opt['rank']))
+            self.model.update_learning_rate(self.iteration, warmup_iter=self.opt['train'].get('warmup_iter', -1))
+            self.model.feed_data(data)
+            self.model.optimize_parameters(self.iteration)
+            self.samples += self.step_size
+            iter_timer.record()
+            self.times = {'time': iter_timer.get_avg_time(), 'data_time': data_timer.get_avg_time()}
+            if self.iteration % self.opt['logger']['print_freq'] == 0:
+                self.messages({'epoch': self.epoch, 'iter': self.iteration, **self.times,
+                               'lrs': self.model.get_current_learning_rate(), **self.model.get_current_log()})
+            yield
+
+    def _live_figures(self) -> str:
+        losses = ', '.join(f'{name} {value:.4f}' for name, value in list(self.model.get_current_log().items())[:2])
+        return f'{losses}, lr {self.model.get_current_learning_rate()[0]:.1e}, data {self.times["data_time"]:.3f}s'
+
+    def save(self) -> None:
+        self.logger.info('Saving models and training states.')
+        self.model.progress = {'samples': self.samples}
+        self.model.save(self.epoch, self.iteration)
+
+    def validate(self) -> None:
+        for loader in self.validation:
+            self.model.validation(loader, self.iteration, self.tb_logger, self.opt['val'].get('save_img', False))

@@ -1,0 +1,222 @@
+"""ELANModel: BasicSR's SRModel with what training ELAN needs. Works with every architecture that SRModel takes."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import nullcontext
+from os import path as osp
+
+import torch
+import torch.distributed as dist
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import get_dist_info, master_only
+from basicsr.utils.registry import MODEL_REGISTRY
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from elan_basicsr import inference
+from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.checkpoint import load_into, save_atomic
+from elan_basicsr.errors import UserError
+from elan_basicsr.models.validation import validate
+
+AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+@MODEL_REGISTRY.register()
+class ELANModel(SRModel):
+    """SRModel plus EMA with buffers, mixed precision, accumulation, clipping, tiling, and validation on every rank.
+
+    Everything is off by default, so an option file written for SRModel trains as it did. The keys, beside SRModel's:
+
+    - `train.amp`: `bf16` or `fp16` (a GPU only).
+    - `train.accumulate`: the batch of an iteration is worked off in so many equal parts; their gradients are averaged.
+    - `train.grad_clip`: largest L2 norm of the gradient.
+    - `train.optim_g.type`: any optimizer of `torch.optim`.
+    - `compile`: run the network through `torch.compile`.
+    - `sync_bn`: BatchNorm statistics over all processes.
+    - `val.tile`, `val.tile_overlap`: LR pixels; restore large images in tiles.
+    - `val.self_ensemble`: average over the eight flips and rotations.
+    """
+
+    progress: dict[str, int] = {}
+    """What the training loop wants kept in the training state, such as the number of samples used."""
+
+    # ------------------------------------------------------------------ building
+
+    @master_only
+    def print_network(self, net):
+        """Log name and size in one line; upstream prints every layer."""
+        bare = self.get_bare_model(net)
+        parameters = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+        get_root_logger().info(f'Network: {type(bare).__name__}, {parameters:,} trainable parameters')
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        if self.opt.get('sync_bn') and self.opt['dist'] and self.is_train:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = super().model_to_device(net)
+        if self.opt.get('compile') and self.is_train:
+            net.compile()
+        return net
+
+    def load_network(self, net, load_path, strict=True, param_key='params'):
+        """Load a checkpoint of any form that `elan_basicsr.checkpoint` reads; other networks load as in SRModel."""
+        bare = self.get_bare_model(net)
+        if not isinstance(bare, ELAN):
+            return super().load_network(net, load_path, strict, param_key)
+        missing = load_into(bare, load_path, strict=strict, param_key=param_key)
+        logger = get_root_logger()
+        logger.info(f'Loading ELAN from {load_path}, with param key: [{param_key}].')
+        if missing:
+            logger.warning(f'Not loaded from {load_path} (absent or of another shape): {", ".join(missing)}')
+
+    def get_optimizer(self, optim_type, params, lr, **kwargs):
+        """Any optimizer of `torch.optim` by its name; upstream 1.4.2 knows Adam alone."""
+        optimizer = getattr(torch.optim, optim_type, None)
+        if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+            raise UserError(f'train.optim_g.type: torch.optim has no optimizer {optim_type!r}')
+        return optimizer(params, lr=lr, **kwargs)
+
+    def setup_optimizers(self):
+        super().setup_optimizers()
+        self.optim_wrapper = self._wrap_optimizer(self.optimizer_g)
+
+    def _wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> OptimWrapper:
+        """mmengine's wrapper does accumulation, its DDP silence and clipping; its AMP twin scales fp16 on a GPU."""
+        train_opt = self.opt['train']
+        amp = train_opt.get('amp') or None
+        if amp is not None and amp not in AMP_DTYPES:
+            raise UserError(f'train.amp is {amp!r}; expected bf16, fp16 or false')
+        if amp == 'fp16' and self.device.type != 'cuda':
+            raise UserError('train.amp is fp16, which needs a GPU here; on a CPU use bf16')
+        self.amp_dtype = AMP_DTYPES.get(amp)
+        clip = train_opt.get('grad_clip')
+        options = dict(optimizer=optimizer, accumulative_counts=train_opt.get('accumulate', 1),
+                       clip_grad=dict(max_norm=clip) if clip else None)
+        if amp == 'fp16':
+            return AmpOptimWrapper(dtype='float16', **options)
+        return OptimWrapper(**options)
+
+    # ------------------------------------------------------------------ a training step
+
+    def feed_data(self, data: dict) -> None:
+        super().feed_data(data)
+        self.lq_paths = data.get('lq_path')
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        parts = self.opt['train'].get('accumulate', 1)
+        losses = OrderedDict()
+        for lq, gt in zip(self.lq.chunk(parts), self.gt.chunk(parts), strict=True):
+            with self.optim_wrapper.optim_context(self.net_g):
+                with self._autocast():
+                    self.output = self.net_g(lq)
+                total, part = self.compute_losses(self.output.float() if self.amp_dtype else self.output, gt)
+                for name, value in part.items():
+                    losses[name] = losses.get(name, 0) + value.detach() / parts
+                self._stop_unless_finite(total, current_iter)
+                self.optim_wrapper.update_params(total)
+        self.log_dict = self.reduce_loss_dict(losses)
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+    def compute_losses(self, output: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to descend and its named parts, as SRModel logs them."""
+        losses = OrderedDict()
+        if self.cri_pix:
+            losses['l_pix'] = self.cri_pix(output, gt)
+        if self.cri_perceptual:
+            for name, value in zip(('l_percep', 'l_style'), self.cri_perceptual(output, gt), strict=True):
+                if value is not None:
+                    losses[name] = value
+        return sum(losses.values()), losses
+
+    def _autocast(self):
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def _stop_unless_finite(self, loss: Tensor, current_iter: int) -> None:
+        finite = torch.isfinite(loss.detach())
+        if get_dist_info()[1] > 1:  # all ranks stop together, or the others wait for the one that left
+            count = finite.float()
+            dist.all_reduce(count, op=dist.ReduceOp.MIN)
+            finite = count > 0
+        if not finite:
+            rates = ', '.join(f'{rate:.3e}' for rate in self.get_current_learning_rate())
+            keys = ', '.join(map(str, self.lq_paths or []))
+            raise UserError(f'iteration {current_iter}: the loss is {loss.item()} at learning rate {rates}; stopped, '
+                            f'the last checkpoint stands; a lower rate or train.grad_clip may help; batch: {keys}')
+
+    @torch.no_grad()
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Average the parameters and copy the buffers.
+
+        Upstream leaves the buffers of the averaged network at their initial values, so that BatchNorm's running
+        statistics never arrive there.
+        """
+        net_g = self.get_bare_model(self.net_g)
+        get_ema_multi_avg_fn(decay)(list(self.net_g_ema.parameters()), list(net_g.parameters()), None)
+        for averaged, buffer in zip(self.net_g_ema.buffers(), net_g.buffers(), strict=True):
+            averaged.copy_(buffer)
+
+    # ------------------------------------------------------------------ validation
+
+    def test(self) -> None:
+        val = self.opt.get('val') or {}
+        net = getattr(self, 'net_g_ema', None) or self.get_bare_model(self.net_g)
+        was_training = net.training
+        net.eval()
+        with torch.no_grad():
+            self.output = inference.forward(
+                net, self.lq, scale=self.opt.get('scale', 1), tile=val.get('tile') or 0,
+                tile_overlap=val.get('tile_overlap', 16), self_ensemble=bool(val.get('self_ensemble')))
+        net.train(was_training)
+
+    def dist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
+
+    def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        name = dataloader.dataset.opt['name']
+        self.metric_results = validate(self, dataloader.dataset, current_iter, save_img)
+        if not self.metric_results:
+            return
+        self._initialize_best_metric_results(name)
+        for metric, value in self.metric_results.items():
+            self._update_best_metric_result(name, metric, value, current_iter)
+        self._log_validation_metric_values(current_iter, name, tb_logger)
+
+    # ------------------------------------------------------------------ saving and resuming
+
+    @master_only
+    def save_network(self, net, net_label, current_iter, param_key='params'):
+        """Write `models/LABEL_ITER.pth` whole or not at all; an error stops the run instead of being ignored."""
+        nets = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        content = {key: {name: value.cpu() for name, value in self.get_bare_model(one).state_dict().items()}
+                   for one, key in zip(nets, keys, strict=True)}
+        label = 'latest' if current_iter == -1 else current_iter
+        save_atomic(content, osp.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+
+    @master_only
+    def save_training_state(self, epoch, current_iter):
+        """Write `training_states/ITER.state`, after the network it belongs to."""
+        if current_iter == -1:
+            return
+        state = {
+            'epoch': epoch, 'iter': current_iter,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            'best_metric_results': getattr(self, 'best_metric_results', {}),
+            **self.progress,
+        }
+        if hasattr(self.optim_wrapper, 'loss_scaler'):
+            state['loss_scaler'] = self.optim_wrapper.loss_scaler.state_dict()
+        save_atomic(state, osp.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+
+    def resume_training(self, resume_state):
+        super().resume_training(resume_state)
+        if resume_state.get('best_metric_results'):
+            self.best_metric_results = resume_state['best_metric_results']
+        if 'loss_scaler' in resume_state and hasattr(self.optim_wrapper, 'loss_scaler'):
+            self.optim_wrapper.loss_scaler.load_state_dict(resume_state['loss_scaler'])

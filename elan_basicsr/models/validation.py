@@ -1,0 +1,70 @@
+"""Validation over all processes: each restores its share of the images, and every process knows the same figures."""
+from __future__ import annotations
+
+from os import path as osp
+
+import torch.distributed as dist
+from basicsr.metrics import calculate_metric
+from basicsr.utils import imwrite, tensor2img
+from basicsr.utils.dist_util import get_dist_info
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from elan_basicsr.errors import UserError
+
+
+def validate(model, dataset, current_iter: int | str, save_img: bool) -> dict[str, float]:
+    """Restore every image of `dataset` with `model` and return the mean of each metric of `val.metrics`.
+
+    Process r of n takes images r, r + n, r + 2n, …; the values are gathered and added up in the order of the images, so
+    the figures are the same to the last digit for any number of processes. Images are saved where the toolbox saves
+    them.
+    """
+    rank, world_size = get_dist_info()
+    metrics = model.opt['val'].get('metrics') or {}
+    share = range(rank, len(dataset), world_size)
+    show = rank == 0 and model.opt['val'].get('pbar', False)
+    values = {}
+    for index in tqdm(share, unit='image', disable=not show, leave=False):
+        data = default_collate([dataset[index]])
+        restored, gt = restore(model, data)
+        name = osp.splitext(osp.basename(data['lq_path'][0]))[0]
+        if save_img:
+            imwrite(restored, image_path(model.opt, dataset.opt['name'], name, current_iter))
+        values[index] = _measure(metrics, restored, gt, dataset.opt['name'], name)
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, values)
+        values = {index: row for part in shares for index, row in part.items()}
+    return {metric: sum(values[i][metric] for i in sorted(values)) / len(values) for metric in metrics}
+
+
+def restore(model, data: dict):
+    """Run `model` on one batch of one; return the result and the ground truth (or None) as uint8 BGR images."""
+    model.feed_data(data)
+    model.test()
+    visuals = model.get_current_visuals()
+    gt = tensor2img([visuals['gt']]) if 'gt' in visuals else None
+    restored = tensor2img([visuals['result']])
+    # Held no longer than needed: a validation image can be a hundred times a training patch.
+    for name in ('lq', 'gt', 'output'):
+        if hasattr(model, name):
+            delattr(model, name)
+    return restored, gt
+
+
+def image_path(opt: dict, dataset_name: str, name: str, current_iter: int | str) -> str:
+    """Where the toolbox saves a restored image."""
+    folder = opt['path']['visualization']
+    if opt['is_train']:
+        return osp.join(folder, name, f'{name}_{current_iter}.png')
+    return osp.join(folder, dataset_name, f'{name}_{opt["val"].get("suffix") or opt["name"]}.png')
+
+
+def _measure(metrics: dict, restored, gt, dataset_name: str, name: str) -> dict[str, float]:
+    images = {'img': restored} if gt is None else {'img': restored, 'img2': gt}
+    if gt is not None and gt.shape != restored.shape:
+        raise UserError(f'{dataset_name}: image {name}: the network gives {restored.shape[1]}x{restored.shape[0]} '
+                        f'pixels, the ground truth has {gt.shape[1]}x{gt.shape[0]}; do the scale of the data and that '
+                        'of the network agree?')
+    return {metric: float(calculate_metric(images, options)) for metric, options in metrics.items()}
