@@ -1,7 +1,8 @@
 """Checkpoints: every form in circulation in, every form out, read safely and written whole.
 
 A state dict of ELAN comes with four kinds of names: ours, the authors' with depthwise shift kernels, the authors' with
-masked 3x3 convolutions, and traiNNer-redux's (the authors' without mean-shift layers: range 1, mean 0). All become ours.
+masked 3x3 convolutions, and traiNNer-redux's (the authors' without mean-shift layers: range 1, mean 0). All become
+ours.
 """
 from __future__ import annotations
 
@@ -68,8 +69,8 @@ def _read_torch(path) -> dict:
         if 'Unsupported' in str(error) or 'GLOBAL' in str(error):
             found = re.search(r'GLOBAL ([\w.]+)', str(error))
             what = f' ({found.group(1)})' if found else ''
-            raise UserError(f'{path}: holds Python objects beside tensors{what}, which could run code when read, and is '
-                            'refused; save its state dict alone with torch.save') from None
+            raise UserError(f'{path}: holds Python objects beside tensors{what}, which could run code when read, so '
+                            'it is refused; save its state dict alone with torch.save') from None
         raise UserError(f'{path}: is no PyTorch checkpoint ({_one_line(error)})') from None
     except MemoryError:
         raise UserError(f'{path}: claims more memory than there is') from None
@@ -183,7 +184,8 @@ def to_native(state: StateDict) -> StateDict:
 def _native_name(name: str) -> str:
     name = re.sub(r'^(head|tail)\.0\.', r'\1.', name)
     name = re.sub(r'\.modules_(lfe|gmsa)\.\1_(\d+)\.', r'.\1.\2.', name)
-    name = name.replace('.shift_conv.conv1x1.', '.').replace('.shift_conv.w', '.weight').replace('.shift_conv.b', '.bias')
+    name = name.replace('.shift_conv.conv1x1.', '.')
+    name = name.replace('.shift_conv.w', '.weight').replace('.shift_conv.b', '.bias')
     return name.replace('.project_inp.0.', '.project_in.').replace('.project_inp.1.', '.norm.')
 
 
@@ -212,7 +214,7 @@ def elan_hyperparameters(state: StateDict) -> dict:
         expansion = native['body.0.lfe.0.conv0.weight'].shape[0] // num_feat  # (num_feat * expansion, num_feat, 1, 1)
         out = native['tail.weight'].shape[0]  # num_out_ch * upscale²
     except (KeyError, ValueError, IndexError):
-        raise UserError('the weights are not those of an ELAN: expected head, body.B.lfe, body.B.gmsa and tail') from None
+        raise UserError('the weights are not those of an ELAN: expected head, body and tail') from None
     # Colour in, colour out. Grey to grey and RGB to RGB are told apart from out = num_out_ch * upscale² by trying the
     # channels of the input first.
     for num_out_ch in (num_in_ch, 1, 3):

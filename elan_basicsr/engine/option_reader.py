@@ -1,0 +1,195 @@
+"""Reading option files and overrides: YAML as data, never as code, with the line of every key.
+
+PyYAML parses; its constructors are used for plain scalars only. So no tag can build an object, aliases cannot blow a
+file up, and a mistake can be reported with the line it stands on.
+"""
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from elan_basicsr.errors import UserError
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 20_000
+MAX_DEPTH = 30
+
+_Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+_PLAIN_TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('str', 'int', 'float', 'bool', 'null')}
+_TIMESTAMP = 'tag:yaml.org,2002:timestamp'
+# YAML 1.1 wants a dot in the mantissa and a sign in the exponent; people write 1e-4 and mean a number.
+_FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
+
+Path_ = tuple[str, ...]
+
+
+@dataclass
+class Source:
+    """Where each option came from, for messages."""
+    file: str
+    lines: dict[Path_, int] = field(default_factory=dict)
+    overridden: dict[Path_, str] = field(default_factory=dict)
+
+    def error(self, key: Path_ | str, message: str) -> UserError:
+        """A UserError `FILE:LINE: key: message`, with the line of the key or of the nearest section around it."""
+        path = tuple(key.split('.')) if isinstance(key, str) else tuple(map(str, key))
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.overridden:
+                return UserError(f'{self.overridden[path[:length]]}: {".".join(path)}: {message}')
+            if path[:length] in self.lines:
+                return UserError(f'{self.file}:{self.lines[path[:length]]}: {".".join(path)}: {message}')
+        return UserError(f'{self.file}: {".".join(path)}: {message}')
+
+
+def read_yaml(file: str | os.PathLike) -> tuple[dict, Source]:
+    """The options in a YAML file, as dicts, lists and scalars, and where they stand.
+
+    Raises:
+        UserError: The file is missing, too large, not UTF-8, not YAML, no mapping, has a key twice or a tag that would
+            build an object.
+    """
+    try:
+        if Path(file).is_dir():
+            raise UserError(f'{file}: is a folder, expected an option file')
+        with open(file, 'rb') as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        text = raw.decode('utf-8')
+    except FileNotFoundError:
+        raise UserError(f'{file}: no such option file') from None
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file}: cannot be read as a text file ({" ".join(str(error).split())[:120]})') from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(f'{file}: larger than {MAX_BYTES >> 20} MiB, which no option file is')
+    source = Source(str(file))
+    options = _Builder(text, str(file), source.lines).build()
+    if not isinstance(options, dict):
+        raise UserError(f'{file}: expected keys and values (name: …), found '
+                        f'{"nothing" if options is None else type(options).__name__}')
+    return options, source
+
+
+class _Builder:
+    """Turns the node tree of one YAML document into plain values."""
+
+    def __init__(self, text: str, where: str, lines: dict[Path_, int] | None = None):
+        self.text, self.where, self.lines = text, where, {} if lines is None else lines
+        self.nodes = 0
+
+    def build(self):
+        try:
+            self.loader = _Loader(self.text)
+            node = self.loader.get_single_node()
+            return None if node is None else self._value(node, (), ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise self._error(mark, f'not valid YAML: {error.problem or error.context}') from None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UserError(f'{self.where}: not valid YAML: {" ".join(str(error).split())[:120]}') from None
+
+    def _error(self, mark, message: str) -> UserError:
+        return UserError(f'{self.where}:{mark.line + 1}: {message}' if mark else f'{self.where}: {message}')
+
+    def _value(self, node, path: Path_, parents: tuple):
+        self.nodes += 1
+        if self.nodes > MAX_NODES or len(parents) > MAX_DEPTH or any(node is parent for parent in parents):
+            raise self._error(node.start_mark, 'too many or too deeply nested values, or an alias of itself')
+        if isinstance(node, yaml.MappingNode) and node.tag == 'tag:yaml.org,2002:map':
+            return self._mapping(node, path, (*parents, node))
+        if isinstance(node, yaml.SequenceNode) and node.tag == 'tag:yaml.org,2002:seq':
+            return [self._value(item, (*path, str(i)), (*parents, node)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        raise self._tag_error(node)
+
+    def _mapping(self, node, path: Path_, parents: tuple) -> dict:
+        result, merged = {}, {}
+        for key_node, value_node in node.value:
+            key = str(self._value(key_node, path, parents))
+            if key_node.tag == 'tag:yaml.org,2002:merge':
+                merged_values = self._value(value_node, path, parents)
+                for part in merged_values if isinstance(merged_values, list) else [merged_values]:
+                    if not isinstance(part, dict):
+                        raise self._error(key_node.start_mark, '<<: expected a section to merge')
+                    merged = {**part, **merged}
+                continue
+            if key in result:
+                raise self._error(key_node.start_mark, f'{".".join((*path, key))}: the key is there twice, first in '
+                                                       f'line {self.lines[(*path, key)]}; remove one')
+            self.lines[(*path, key)] = key_node.start_mark.line + 1
+            result[key] = self._value(value_node, (*path, key), parents)
+        return {**merged, **result}
+
+    def _scalar(self, node):
+        if node.tag in (_TIMESTAMP, 'tag:yaml.org,2002:merge', 'tag:yaml.org,2002:value'):
+            return node.value
+        if node.tag not in _PLAIN_TAGS:
+            raise self._tag_error(node)
+        if node.tag.endswith(':str') and node.style is None and _FLOAT.fullmatch(node.value):
+            return float(node.value)
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, OverflowError, KeyError, IndexError):
+            kind = node.tag.rsplit(':', 1)[1]
+            raise self._error(node.start_mark, f'{node.value[:40]!r} is no {kind}') from None
+
+    def _tag_error(self, node) -> UserError:
+        tag = node.tag.replace('tag:yaml.org,2002:', '!!')
+        return self._error(node.start_mark, f'the tag {tag[:80]} is refused, for such a tag could run code; write the '
+                                            'value itself')
+
+
+def apply_overrides(options: dict, source: Source, overrides=(), force_yml=()) -> None:
+    """Carry out `--set key.sub=value` and `--force_yml key:sub=value` on `options`, in order.
+
+    Values are read as YAML. `--set` may add a key to a section; `--force_yml` changes keys that exist, as in BasicSR.
+    """
+    for text in overrides:
+        _override(options, source, f'--set {text}', text, '.', may_add=True)
+    for text in force_yml:
+        _override(options, source, f'--force_yml {text}', text, ':', may_add=False)
+
+
+def _override(options: dict, source: Source, where: str, text: str, separator: str, may_add: bool) -> None:
+    key, equals, value = text.partition('=')
+    path = tuple(part.strip() for part in key.split(separator))
+    if not equals or not all(path):
+        raise UserError(f'{where}: expected key{separator}sub=value')
+    section = options
+    for depth, part in enumerate(path[:-1], 1):
+        child = _item(section, part)
+        if child is None and may_add and depth > 1 and isinstance(section, dict):
+            child = section[part] = {}
+        if not isinstance(child, (dict, list)):
+            raise UserError(f'{where}: there is no section {".".join(path[:depth])} in {source.file}'
+                            f'{_nearest(part, section)}')
+        section = child
+    last = path[-1]
+    if not may_add and _item(section, last, default=_ABSENT) is _ABSENT:
+        raise UserError(f'{where}: there is no key {".".join(path)} in {source.file}{_nearest(last, section)}')
+    parsed = _Builder(value, where).build()
+    if isinstance(section, dict):
+        section[last] = parsed
+    elif last.isdigit() and int(last) < len(section):
+        section[int(last)] = parsed
+    else:
+        raise UserError(f'{where}: {".".join(path[:-1])} is a list of {len(section)}; expected an index below that')
+    source.overridden[path] = where
+
+
+_ABSENT = object()
+
+
+def _item(section: dict | list, part: str, default=None):
+    if isinstance(section, dict):
+        return section.get(part, default)
+    return section[int(part)] if part.isdigit() and int(part) < len(section) else default
+
+
+def _nearest(part: str, section: dict | list) -> str:
+    import difflib
+    near = difflib.get_close_matches(part, section if isinstance(section, dict) else (), n=1)
+    return f'; did you mean {near[0]}?' if near else ''
