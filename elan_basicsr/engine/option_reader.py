@@ -128,7 +128,7 @@ class _Builder:
             return node.value
         if node.tag not in _PLAIN_TAGS:
             raise self._tag_error(node)
-        if node.tag.endswith(':str') and node.style is None and _FLOAT.fullmatch(node.value):
+        if node.tag.endswith(':str') and not node.style and _FLOAT.fullmatch(node.value):
             return float(node.value)
         try:
             return self.loader.construct_object(node)
