@@ -1,0 +1,48 @@
+"""An LMDB of whole images, undecoded: the records, and how they are written and read.
+
+A record is a header of 16 bytes (magic, height, width, channels, bytes per value) and the pixels, rows first, colours as
+BGR, as OpenCV decodes them. `meta_info.txt` beside the data lists the keys as the toolbox's LMDBs do.
+"""
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+_HEADER = struct.Struct('<4sIIHH')
+_MAGIC = b'ERAW'
+_TYPES = {1: np.dtype(np.uint8), 2: np.dtype('<u2')}
+META = 'meta_info.txt'
+
+
+def encode(img: np.ndarray) -> bytes:
+    """The record of an (H, W, C) image of uint8 or uint16."""
+    h, w, c = img.shape
+    return _HEADER.pack(_MAGIC, h, w, c, img.itemsize) + np.ascontiguousarray(img).tobytes()
+
+
+def decode(record) -> np.ndarray:
+    """The (H, W, C) image in a record, as a read-only view of its memory.
+
+    Raises:
+        ValueError: The record is none of ours, or cut off.
+    """
+    if len(record) < _HEADER.size or bytes(record[:4]) != _MAGIC:
+        raise ValueError('is no raw image record')
+    _, h, w, c, itemsize = _HEADER.unpack_from(record)
+    if itemsize not in _TYPES or len(record) != _HEADER.size + h * w * c * itemsize:
+        raise ValueError(f'a record of {len(record)} bytes cannot hold {h}x{w}x{c} values of {itemsize} bytes')
+    return np.frombuffer(record, _TYPES[itemsize], offset=_HEADER.size).reshape(h, w, c)
+
+
+def open_readonly(path: str | Path) -> lmdb.Environment:
+    """Open an LMDB for any number of readers; opened again in each process that reads."""
+    return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False, max_readers=512)
+
+
+def read_keys(path: str | Path) -> list[str]:
+    """The keys listed in `meta_info.txt`, in its order; a line is `KEY.EXT (H,W,C) LEVEL`."""
+    with open(Path(path) / META, encoding='utf-8') as file:
+        return [line.split('.')[0] for line in file if line.strip()]
