@@ -8,6 +8,7 @@ from elan_basicsr import compat
 compat.apply()  # before the first import of basicsr, which does not import without it
 
 from elan_basicsr.archs import elan_arch  # noqa: E402
+from elan_basicsr.data import raw_lmdb_dataset as _raw_lmdb_dataset  # noqa: E402, F401
 from elan_basicsr.models import elan_model as _elan_model  # noqa: E402, F401
 from elan_basicsr.version import __version__  # noqa: E402
 

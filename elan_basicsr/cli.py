@@ -25,12 +25,22 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USER_ERROR)
 
     def _suggestion(self, message: str) -> str:
-        known = [name for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
+        known = list(_names(self))
         for word in message.replace("'", ' ').replace('=', ' ').split():
-            near = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+            near = difflib.get_close_matches(word, known, n=1)
             if near and near[0] != word:
                 return f'; did you mean {near[0]}?'
         return ''
+
+
+def _names(parser: argparse.ArgumentParser):
+    """Every option and choice of a parser and of its commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        for choice in action.choices or ():
+            yield str(choice)
+            if isinstance(action.choices, dict):
+                yield from _names(action.choices[choice])
 
 
 def _command(commands, name: str, help_: str, example: str) -> argparse.ArgumentParser:
@@ -89,7 +99,33 @@ def _add_doctor(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_doctor)
+def _add_data(commands) -> None:
+    parser = _command(commands, 'data', 'prepare and check training and test data',
+                      'basicsr data build --hr photos --out datasets/photos --scales 4')
+    actions = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    _add_data_build(actions)
+
+
+def _add_data_build(commands) -> None:
+    parser = _command(commands, 'build', 'make LMDBs of HR and LR images from a folder of photographs',
+                      'basicsr data build --hr photos --out datasets/photos --scales 2 4')
+    parser.add_argument('--hr', required=True, metavar='DIR', help='folder of HR images, searched recursively')
+    parser.add_argument('--lr', metavar='DIR', help='folder of LR images (X2, X4, …); made by the bicubic if not given')
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder of the LMDBs')
+    parser.add_argument('--scales', required=True, nargs='+', type=int, metavar='N', help='scales of the LR images')
+    parser.add_argument('--layout', choices=['raw', 'subimages'], default='raw',
+                        help="whole undecoded images, or the toolbox's PNG sub-images (default: raw)")
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.data.prepare import build
+        for path in build(hr=args.hr, lr=args.lr, out=args.out, scales=args.scales, layout=args.layout):
+            print(path)
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+ADD_COMMANDS = (_add_train, _add_test, _add_data, _add_doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

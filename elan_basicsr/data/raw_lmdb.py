@@ -1,7 +1,7 @@
 """An LMDB of whole images, undecoded: the records, and how they are written and read.
 
-A record is a header of 16 bytes (magic, height, width, channels, bytes per value) and the pixels, rows first, colours as
-BGR, as OpenCV decodes them. `meta_info.txt` beside the data lists the keys as the toolbox's LMDBs do.
+A record is a header of 16 bytes (magic, height, width, channels, bytes per value) and the pixels, rows first, colours
+as BGR, as OpenCV decodes them. `meta_info.txt` beside the data lists the keys as the toolbox's LMDBs do.
 """
 from __future__ import annotations
 

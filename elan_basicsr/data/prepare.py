@@ -1,0 +1,191 @@
+"""From folders of photographs to LMDBs: `basicsr data build`.
+
+The records of all images are made first, one file each, by every core; then they are copied into the LMDB in one pass in
+the order of their keys. So an interrupted build goes on where it stopped, its result is the same to the byte as that of
+an undisturbed one, and an LMDB appears under its name only when it is whole.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+from tqdm import tqdm
+
+from elan_basicsr.data import raw_lmdb
+from elan_basicsr.data.images import find_images, read_bgr
+from elan_basicsr.data.resize import imresize
+from elan_basicsr.errors import UserError
+
+LAYOUTS = ('raw', 'subimages')
+SUBIMAGE_SIZE, SUBIMAGE_STEP, SUBIMAGE_THRESHOLD = 480, 240, 0  # as the toolbox cuts DIV2K
+PNG_COMPRESSION = 1  # as the toolbox writes its LMDBs
+
+
+def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int], lr: str | os.PathLike | None = None,
+          layout: str = 'raw') -> list[Path]:
+    """Make the LMDBs of HR images and of their LR images at each scale.
+
+    Args:
+        hr: Folder of HR images, searched recursively; cropped once to a multiple of every scale.
+        out: Folder of the LMDBs: `HR_raw.lmdb` and `LR_bicubic_X4_raw.lmdb`, or `…_sub.lmdb`.
+        scales: Integers from 2.
+        lr: Folder with `X2`, `X4`, … or, for one scale, of the LR images themselves; without it they are made by
+            MATLAB's bicubic.
+        layout: `raw` (whole images, undecoded) or `subimages` (the toolbox's, PNG).
+
+    Returns:
+        The LMDBs, HR first. One that is already whole is left as it is.
+
+    Raises:
+        UserError: An image cannot be read or does not fit, or the disk is full.
+    """
+    scales = sorted(set(scales))
+    if not scales or min(scales) < 2:
+        raise UserError(f'--scales {scales}: expected integers from 2')
+    if layout not in LAYOUTS:
+        raise UserError(f'--layout {layout}: expected raw or subimages')
+    images = find_images(hr)
+    multiple = math.lcm(*scales)
+    suffix = 'raw' if layout == 'raw' else 'sub'
+    jobs = [(Path(out) / f'HR_{suffix}.lmdb', 1, lambda path: _crop(read_bgr(path), multiple, path))]
+    for scale in scales:
+        source = _lr_source(images, lr, scale, len(scales), multiple)
+        jobs.append((Path(out) / f'LR_bicubic_X{scale}_{suffix}.lmdb', scale, source))
+    return [write_lmdb(target, images, source, layout, scale) for target, scale, source in jobs]
+
+
+def _crop(img: np.ndarray, multiple: int, path) -> np.ndarray:
+    h, w = (edge // multiple * multiple for edge in img.shape[:2])
+    if h == 0 or w == 0:
+        raise UserError(f'{path}: is {img.shape[1]}x{img.shape[0]} pixels, expected at least {multiple}x{multiple}')
+    return img[:h, :w]
+
+
+def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: int) -> Callable[[Path], np.ndarray]:
+    """How to get the LR image of an HR path: by the bicubic, or from a folder of LR images with the same keys."""
+    if lr is None:
+        return lambda path: imresize(_crop(read_bgr(path), multiple, path), Fraction(1, scale))
+    folder = Path(lr) / f'X{scale}' if (Path(lr) / f'X{scale}').is_dir() else Path(lr)
+    if number > 1 and folder == Path(lr):
+        raise UserError(f'{lr}: expected a folder X{scale} in it, since several scales are asked for')
+    given = {key.removesuffix(f'x{scale}'): path for key, path in find_images(folder).items()}
+    absent = [key for key in images if key not in given]
+    if absent:
+        raise UserError(f'{folder}: no LR image for {len(absent)} HR images, the first: {", ".join(absent[:3])}')
+    keys = {path: key for key, path in images.items()}
+
+    def read(path: Path) -> np.ndarray:
+        h, w = _crop(read_bgr(path), multiple, path).shape[:2]
+        img = read_bgr(given[keys[path]])
+        if img.shape[0] < h // scale or img.shape[1] < w // scale:
+            raise UserError(f'{given[keys[path]]}: is {img.shape[1]}x{img.shape[0]}, expected {w // scale}x'
+                            f'{h // scale}, a {scale}th of its HR image')
+        return img[:h // scale, :w // scale]
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+def records(key: str, img: np.ndarray, layout: str, scale: int) -> Iterator[tuple[str, bytes, str]]:
+    """The key, bytes and line of meta_info.txt of each record that an image becomes."""
+    if layout == 'raw':
+        yield key, raw_lmdb.encode(img), f'{key}.raw ({img.shape[0]},{img.shape[1]},{img.shape[2]}) 0'
+        return
+    size, step = SUBIMAGE_SIZE // scale, SUBIMAGE_STEP // scale
+    number = 0
+    for top in _starts(img.shape[0], size, step):
+        for left in _starts(img.shape[1], size, step):
+            number += 1
+            part = np.ascontiguousarray(img[top:top + size, left:left + size])
+            name = f'{key}_s{number:03d}'
+            _, png = cv2.imencode('.png', part, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
+            h, w, c = part.shape
+            yield name, png.tobytes(), f'{name}.png ({h},{w},{c}) {PNG_COMPRESSION}'
+
+
+def _starts(length: int, size: int, step: int) -> list[int]:
+    """Where the sub-images begin, the last one flush with the edge."""
+    if length <= size:
+        return [0]
+    starts = list(range(0, length - size + 1, step))
+    if length - (starts[-1] + size) > SUBIMAGE_THRESHOLD:
+        starts.append(length - size)
+    return starts
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+def write_lmdb(target: Path, images: dict[str, Path], source: Callable[[Path], np.ndarray], layout: str,
+               scale: int) -> Path:
+    """Make one LMDB of `source(path)` for every image, unless it is there."""
+    if (target / raw_lmdb.META).is_file():
+        return target
+    parts = target.parent / f'.{target.name}.parts'
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        _make_parts(parts, images, source, layout, scale, target.name)
+        _join_parts(parts, images, target)
+    except OSError as error:
+        raise UserError(f'{target}: cannot be written ({error.strerror or error}); what is done is kept in {parts}, '
+                        'run the same command again to go on') from error
+    shutil.rmtree(parts)
+    return target
+
+
+def _make_parts(parts: Path, images: dict[str, Path], source, layout: str, scale: int, name: str) -> None:
+    """One file of records per image, made by all cores; a file that is there is whole, because it was renamed there."""
+    def make(key: str) -> None:
+        part = parts / f'{key}.part'
+        if part.exists():
+            return
+        rows = list(records(key, source(images[key]), layout, scale))
+        temporary = part.with_suffix('.tmp')
+        with open(temporary, 'wb') as file:
+            head = json.dumps([[row[0], len(row[1]), row[2]] for row in rows]).encode()
+            file.write(len(head).to_bytes(8, 'little') + head)
+            for row in rows:
+                file.write(row[1])
+        os.replace(temporary, part)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for _ in tqdm(pool.map(make, images), desc=name, total=len(images), unit='image', dynamic_ncols=True,
+                          disable=None):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _join_parts(parts: Path, images: dict[str, Path], target: Path) -> None:
+    """Copy the records into an LMDB under a temporary name, and rename it."""
+    temporary = target.parent / f'.{target.name}.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)
+    size = sum((parts / f'{key}.part').stat().st_size for key in images)
+    needed, free = int(size * 1.1) + (1 << 22), shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(f'{target}: needs {needed >> 20} MiB, {free >> 20} MiB are free; free some and run it again')
+    environment = lmdb.open(str(temporary), map_size=needed * 2, writemap=False, metasync=False)
+    lines = []
+    with environment.begin(write=True) as transaction:
+        for key in images:
+            with open(parts / f'{key}.part', 'rb') as file:
+                head = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
+                for name, length, line in head:
+                    transaction.put(name.encode(), file.read(length), append=False)
+                    lines.append(line)
+    environment.sync(True)
+    environment.close()
+    (temporary / 'lock.mdb').unlink(missing_ok=True)
+    (temporary / raw_lmdb.META).write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    os.replace(temporary, target)
