@@ -1,8 +1,8 @@
 """From folders of photographs to LMDBs: `basicsr data build`.
 
-The records of all images are made first, one file each, by every core; then they are copied into the LMDB in one pass in
-the order of their keys. So an interrupted build goes on where it stopped, its result is the same to the byte as that of
-an undisturbed one, and an LMDB appears under its name only when it is whole.
+The records of all images are made first, one file each, by every core; then they are copied into the LMDB in one pass,
+in the order of their keys. So an interrupted build goes on where it stopped, its result is the same to the byte as that
+of an undisturbed one, and an LMDB appears under its name only when it is whole.
 """
 from __future__ import annotations
 
