@@ -16,11 +16,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import skimage.data
+from basicsr.metrics import calculate_psnr, calculate_ssim
 from rich.console import Console
 from rich.table import Table
 
 import elan_basicsr  # noqa: F401, registers ELAN and repairs basicsr
-from basicsr.metrics import calculate_psnr, calculate_ssim
 from elan_basicsr.data.images import read_bgr
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.resize import imresize

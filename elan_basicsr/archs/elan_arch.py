@@ -6,7 +6,8 @@ self-attention (GMSA), a block of both (ELAB), the network. Shapes are (batch, c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,20 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Let a block run again, for its backward pass, without counting the batch in BatchNorm's statistics twice."""
+    norms = [(norm, norm.momentum) for norm in block.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    for norm, _ in norms:
+        norm.momentum = 0.
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1
+
+
 @ARCH_REGISTRY.register()
 class ELAN(nn.Module):
     """Efficient long-range attention network. RGB (or grey) in 0..1: (B, C, h, w) -> (B, C', h * upscale, w * upscale).
@@ -221,7 +236,8 @@ class ELAN(nn.Module):
         head = x = self.head(x * self.img_range - self.mean_in)
         for block in self.body:
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False,
+                               context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
             else:
                 x = block(x)
         x = F.pixel_shuffle(self.tail(x + head), self.upscale)

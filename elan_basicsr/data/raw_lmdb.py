@@ -5,6 +5,7 @@ as BGR, as OpenCV decodes them. `meta_info.txt` beside the data lists the keys a
 """
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -37,9 +38,25 @@ def decode(record) -> np.ndarray:
     return np.frombuffer(record, _TYPES[itemsize], offset=_HEADER.size).reshape(h, w, c)
 
 
+_open: dict[str, tuple[tuple, lmdb.Environment]] = {}
+
+
 def open_readonly(path: str | Path) -> lmdb.Environment:
-    """Open an LMDB for any number of readers; opened again in each process that reads."""
-    return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False, max_readers=512)
+    """The LMDB at `path`, opened once in each process, for it refuses to be open twice in one.
+
+    Raises:
+        lmdb.Error: There is no LMDB, or it is damaged.
+    """
+    path = os.path.realpath(path)
+    file = os.stat(os.path.join(path, 'data.mdb'))
+    identity = (os.getpid(), file.st_ino, file.st_mtime_ns)
+    known, environment = _open.get(path, (None, None))
+    if known != identity:
+        if environment is not None:  # inherited by a fork, or of a file that has been replaced
+            environment.close()
+        environment = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+        _open[path] = identity, environment
+    return environment
 
 
 def read_keys(path: str | Path) -> list[str]:

@@ -1,6 +1,7 @@
 """PairedRawLmdbDataset: patches cut straight out of the memory map of whole, undecoded images."""
 from __future__ import annotations
 
+import os
 import random
 from os import path as osp
 
@@ -35,7 +36,7 @@ class PairedRawLmdbDataset(Dataset):
         self.opt = opt
         self.roots = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         self.keys = self._matching_keys()
-        self._transactions = None
+        self._transactions = self._process = None
 
     def _matching_keys(self) -> list[str]:
         keys = {}
@@ -54,7 +55,8 @@ class PairedRawLmdbDataset(Dataset):
         return len(self.keys)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, '_transactions': None}  # an open LMDB does not travel to another process
+        # An open LMDB does not travel to another process.
+        return {**self.__dict__, '_transactions': None, '_process': None}
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         key = self.keys[index]
@@ -69,7 +71,8 @@ class PairedRawLmdbDataset(Dataset):
 
     def _image(self, kind: str, key: str) -> np.ndarray:
         """A view of the whole image, (H, W, C), BGR."""
-        if self._transactions is None:
+        if self._process != os.getpid():  # a forked worker must not use the parent's
+            self._process = os.getpid()
             self._transactions = {name: open_readonly(root).begin(buffers=True) for name, root in self.roots.items()}
         record = self._transactions[kind].get(key.encode())
         if record is None:

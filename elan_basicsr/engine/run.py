@@ -76,6 +76,9 @@ def build_checked_dataset(opt: dict, phase: str) -> Dataset:
         reason = ' '.join(str(error).split())
         raise UserError(f'{where}: the dataset cannot be opened: {reason or type(error).__name__}; '
                         '`basicsr data verify` lists what is wrong with it') from error
+    if isinstance(getattr(dataset, 'paths', None), list):
+        # The toolbox lists a folder in the order of the file system, which differs from host to host.
+        dataset.paths.sort(key=lambda row: sorted(row.values()) if isinstance(row, dict) else [row])
     if len(dataset) == 0:
         raise UserError(f'{where}: the dataset is empty, expected at least one image')
     return dataset

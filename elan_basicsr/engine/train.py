@@ -98,6 +98,7 @@ class Training:
         self.epoch_size = len(train_set) * self.data_opt.get('dataset_enlarge_ratio', 1)
         self.loader = self._build_loader(train_set)
         self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
+        self.messages.max_iters = self.total + 1  # upstream's ETA is one iteration short, "-1 day" at the last
         steps = math.ceil(self.epoch_size / self.step_size)
         logger.info(f'{len(train_set)} training images, {self.step_size} patches an iteration, {steps} iterations an '
                     f'epoch, {self.total} iterations in all')

@@ -1,0 +1,86 @@
+"""PairedRawLmdbDataset gives what PairedImageDataset gives, from any process, or says what is wrong."""
+import pickle
+import random
+import shutil
+
+import cv2
+import pytest
+import torch
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from torch.utils.data import DataLoader
+
+from elan_basicsr.data.images import read_bgr
+from elan_basicsr.data.prepare import build
+from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
+from elan_basicsr.errors import UserError
+
+
+@pytest.fixture
+def opt(data):
+    return {'dataroot_gt': str(data / 'train' / 'HR_raw.lmdb'), 'scale': 2, 'phase': 'train', 'gt_size': 32,
+            'dataroot_lq': str(data / 'train' / 'LR_bicubic_X2_raw.lmdb'), 'use_hflip': True, 'use_rot': True}
+
+
+@pytest.mark.parametrize('changes', [{}, {'use_rot': False}, {'color': 'y'}, {'phase': 'val'},
+                                     {'mean': [.5] * 3, 'std': [.2] * 3}])
+def test_samples_are_those_of_paired_image_dataset(data, opt, changes, tmp_path):
+    opt.update(changes)
+    folders = {f'dataroot_{kind}': str(tmp_path / kind) for kind in ('gt', 'lq')}
+    (tmp_path / 'gt').mkdir()
+    (tmp_path / 'lq').mkdir()
+    raw_val = PairedRawLmdbDataset({**opt, 'phase': 'val', 'color': None, 'mean': None, 'std': None})
+    for i, key in enumerate(raw_val.keys):
+        for kind in ('gt', 'lq'):
+            img = (raw_val[i][kind] * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1]
+            cv2.imwrite(str(tmp_path / kind / f'{key}.png'), img)
+    ours = PairedRawLmdbDataset(opt)
+    theirs = PairedImageDataset({**opt, **folders, 'io_backend': {'type': 'disk'}})
+    theirs.paths.sort(key=lambda row: row['gt_path'])  # the toolbox lists a folder in any order
+    for index in list(range(len(ours))) * 4:
+        samples = []
+        for dataset in (ours, theirs):
+            random.seed(index)
+            samples.append(dataset[index])
+        for kind in ('lq', 'gt'):
+            assert torch.allclose(samples[0][kind], samples[1][kind], atol=1e-7, rtol=0), changes
+            assert samples[0][kind].dtype == torch.float32
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_workers_forked_or_spawned_read_the_same(opt, context):
+    dataset = PairedRawLmdbDataset({**opt, 'phase': 'val', 'gt_size': None})
+    expected = [dataset[i]['gt'] for i in range(2)]  # opened here before the workers start
+    loader = DataLoader(dataset, num_workers=2, multiprocessing_context=context, sampler=[0, 1])
+    assert all(torch.equal(batch['gt'][0], gt) for batch, gt in zip(loader, expected, strict=True))
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[1]['gt'], expected[1])
+
+
+def test_key_lists_that_differ_are_named(data, opt, tmp_path):
+    shutil.copytree(data / 'photographs', tmp_path / 'few')
+    (tmp_path / 'few' / 'rocket.png').unlink()
+    build(hr=tmp_path / 'few', out=tmp_path / 'lmdb', scales=[2])
+    with pytest.raises(UserError, match=r'HR_raw\.lmdb: 1 keys are not in the other LMDB, the first: rocket'):
+        PairedRawLmdbDataset({**opt, 'dataroot_lq': str(tmp_path / 'lmdb' / 'LR_bicubic_X2_raw.lmdb')})
+
+
+def test_images_smaller_than_a_patch_are_named(opt):
+    opt['gt_size'] = 400
+    with pytest.raises(UserError, match='smaller than gt_size 400'):
+        PairedRawLmdbDataset(opt)[0]
+
+
+def test_a_scale_that_does_not_fit_is_named(opt):
+    with pytest.raises(UserError, match='4 times its LQ image'):
+        PairedRawLmdbDataset({**opt, 'scale': 4})[0]
+
+
+def test_an_lmdb_that_is_none_is_named(opt, tmp_path):
+    with pytest.raises(UserError, match='no LMDB there'):
+        PairedRawLmdbDataset({**opt, 'dataroot_gt': str(tmp_path)})
+
+
+def test_what_went_in_comes_out(data, opt):
+    dataset = PairedRawLmdbDataset({**opt, 'phase': 'val'})
+    hr = read_bgr(data / 'photographs' / f'{dataset.keys[1]}.png')
+    expected = torch.from_numpy(hr[..., ::-1].copy()).permute(2, 0, 1) / 255
+    assert torch.equal(dataset[1]['gt'], expected)

@@ -1,0 +1,188 @@
+"""Trainings through the command line on a real LMDB: run, killed, resumed, tested."""
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from elan_basicsr.cli import main
+from elan_basicsr.engine.interrupt import EXIT_STOPPED
+
+BASICSR = [sys.executable, '-m', 'elan_basicsr']
+
+
+def write(options, name='run.yml', **changes):
+    Path(name).write_text(yaml.safe_dump({**options, **changes}))
+    return name
+
+
+def tensors(tree, path=''):
+    """Every tensor and number in a nest of dicts and lists, with its path."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from tensors(value, f'{path}/{key}')
+    else:
+        yield path, tree
+
+
+def assert_same_run(a: Path, b: Path, iteration: int):
+    """The weights, EMA, optimizer and scheduler of two runs at an iteration are equal bit for bit."""
+    for file in (f'models/net_g_{iteration}.pth', f'training_states/{iteration}.state'):
+        one, two = (dict(tensors(torch.load(run / file, weights_only=True))) for run in (a, b))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            same = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+            assert same, f'{file}: {key}'
+
+
+def losses(run: Path) -> dict[int, str]:
+    """The logged loss of every iteration, from all log files of a run."""
+    text = '\n'.join(path.read_text() for path in sorted(run.glob('train_*.log')))
+    return {int(number.replace(',', '')): loss
+            for number, loss in re.findall(r'iter:\s*([\d,]+),.*l_pix: (\S+)', text)}
+
+
+def wait_for(path: Path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, f'{path} did not appear'
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(options):
+    options['train']['total_iter'] = 40
+    options['logger']['print_freq'] = 1
+    options['datasets']['train']['num_worker_per_gpu'] = 2
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    Path('experiments/run').rename('calm')
+    process = subprocess.Popen([*BASICSR, 'train', '-opt', file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(Path('experiments/run/training_states/8.state'), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path('experiments/run/models/net_g_latest.pth').exists()
+    assert main(['train', '-opt', file, '--auto_resume', '--set', 'datasets.train.num_worker_per_gpu=0']) == 0
+    assert_same_run(Path('calm'), Path('experiments/run'), 40)
+    assert losses(Path('experiments/run')) == losses(Path('calm'))
+    assert list(losses(Path('calm'))) == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_with_the_code_for_again(options, number):
+    options['train']['total_iter'] = 100_000
+    options['logger'].update(print_freq=1, save_checkpoint_freq=100_000)
+    file = write(options)
+    with open('log', 'w') as log:
+        process = subprocess.Popen([*BASICSR, 'train', '-opt', file], stdout=log, stderr=log)
+        end = time.time() + 120
+        while 'iter:       3' not in Path('log').read_text():
+            assert process.poll() is None and time.time() < end
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    state = max(Path('experiments/run/training_states').glob('*.state'), key=lambda path: int(path.stem))
+    assert f'{number.name}: stopped and saved at iteration {state.stem}' in Path('log').read_text()
+    assert main(['train', '-opt', file, '--auto_resume', '--set', f'train.total_iter={int(state.stem) + 1}']) == 0
+
+
+def test_train_then_test_through_the_command_line(options, capfd):
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    run = Path('experiments/run')
+    assert {path.name for path in (run / 'models').iterdir()} == {'net_g_4.pth', 'net_g_8.pth', 'net_g_latest.pth'}
+    content = torch.load(run / 'models' / 'net_g_8.pth', weights_only=True)
+    assert content.keys() == {'params', 'params_ema'}
+    trained = re.findall(r'# (\w+): ([\d.]+)', capfd.readouterr().err)[-2:]
+    test = {key: options[key] for key in ('model_type', 'scale', 'num_gpu', 'network_g')}
+    test.update(name='check', datasets={'test_1': options['datasets']['val']}, val={**options['val'], 'save_img': True},
+                path={'pretrain_network_g': str(run / 'models' / 'net_g_latest.pth'), 'param_key_g': 'params_ema'})
+    assert main(['test', '-opt', write(test, 'test.yml')]) == 0
+    assert re.findall(r'# (\w+): ([\d.]+)', capfd.readouterr().err) == trained
+    assert len(list(Path('results/check/visualization/three').glob('*_check.png'))) == 3
+
+
+def test_a_new_run_moves_the_old_one_aside(options):
+    options['train']['total_iter'] = 1
+    del options['val'], options['datasets']['val']
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    Path('experiments/run/mine').write_text('kept')
+    assert main(['train', '-opt', file]) == 0
+    assert [path.read_text() for path in Path('experiments').glob('run_archived_*/mine')] == ['kept']
+
+
+def test_auto_resume_passes_over_what_is_damaged(options, capfd):
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    state = Path('experiments/run/training_states/8.state')
+    state.write_bytes(state.read_bytes()[:-100])
+    assert main(['train', '-opt', file, '--auto_resume']) == 0
+    log = capfd.readouterr().err
+    assert '--auto_resume passes over' in log and '8.state: cut off or damaged' in log
+    assert 'Start training from epoch: 1, iter: 4' in log
+
+
+def test_resuming_with_another_batch_goes_on_in_the_stream(options):
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    assert main(['train', '-opt', file, '--auto_resume', '--set', 'train.total_iter=12',
+                 'datasets.train.batch_size_per_gpu=2']) == 0
+    state = torch.load('experiments/run/training_states/12.state', weights_only=True)
+    assert state['samples'] == 8 * 4 + 4 * 2
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(options, monkeypatch, capfd):
+    import os
+    file = write(options)
+    real, written = os.fsync, []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) > 2:
+            raise OSError(28, 'No space left on device')
+        real(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    assert main(['train', '-opt', file]) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error:')]
+    assert len(error) == 1 and 'No space left' in error[0]
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('network', [
+    {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2},
+    {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 1, 'upscale': 2},
+    {'type': 'RCAN', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 16, 'num_group': 1, 'num_block': 1, 'upscale': 2},
+    {'type': 'SwinIR', 'upscale': 2, 'img_size': 16, 'window_size': 8, 'embed_dim': 12, 'depths': [2], 'num_heads': [2],
+     'mlp_ratio': 2, 'upsampler': 'pixelshuffledirect'},
+])
+def test_the_toolboxs_networks_train_resume_and_test(options, network):
+    options.update(network_g=network, model_type='SwinIRModel' if network['type'] == 'SwinIR' else 'SRModel')
+    file = write(options)
+    assert main(['train', '-opt', file, '--set', 'train.total_iter=4']) == 0
+    assert main(['train', '-opt', file, '--auto_resume']) == 0
+    Path('experiments/run').rename('resumed')
+    assert main(['train', '-opt', file]) == 0
+    assert_same_run(Path('resumed'), Path('experiments/run'), 8)
+    assert main(['test', '-opt', file, '--set', 'path.pretrain_network_g=resumed/models/net_g_8.pth']) == 0
+
+
+def test_srgan_trains_its_generator(options):
+    options.update(model_type='SRGANModel', network_d={'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 4,
+                                                       'input_size': 128})
+    options['datasets']['train'].update(gt_size=112 + 16, batch_size_per_gpu=1)
+    options['train'].update(total_iter=2, optim_d={'type': 'Adam', 'lr': 1e-4}, net_d_iters=1, net_d_init_iters=0,
+                            gan_opt={'type': 'GANLoss', 'gan_type': 'vanilla', 'loss_weight': 5e-3})
+    shutil.rmtree('experiments', ignore_errors=True)
+    assert main(['train', '-opt', write(options)]) == 0
+    assert Path('experiments/run/models/net_d_latest.pth').exists()

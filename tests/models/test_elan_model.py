@@ -1,0 +1,155 @@
+"""What ELANModel promises beyond SRModel."""
+import copy
+
+import pytest
+import torch
+import yaml
+from basicsr.models import build_model
+from basicsr.models.sr_model import SRModel
+
+from elan_basicsr.engine.options import load_options
+from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders
+from elan_basicsr.errors import UserError
+
+
+@pytest.fixture
+def make(options, tmp_path):
+    """Build the model of the options with some changed: make({'train.amp': 'bf16'})."""
+    def build(changes=None, cls=None):
+        opt = copy.deepcopy(options)
+        if cls is SRModel:
+            opt['model_type'] = 'SRModel'
+        (tmp_path / 'run.yml').write_text(yaml.safe_dump(opt))
+        opt = load_options(tmp_path / 'run.yml', is_train=True,
+                           overrides=[f'{key}={value}' for key, value in (changes or {}).items()])
+        opt.update(dist=False, rank=0, world_size=1)
+        torch.manual_seed(0)
+        return build_model(opt)
+    return build
+
+
+def batch(size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {'lq': torch.rand(size, 3, 16, 16, generator=generator), 'lq_path': [f'key{i}' for i in range(size)],
+            'gt': torch.rand(size, 3, 32, 32, generator=generator)}
+
+
+def steps(model, number, size=4):
+    for i in range(1, number + 1):
+        model.update_learning_rate(i)
+        model.feed_data(batch(size, i))
+        model.optimize_parameters(i)
+    return model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.net_g.parameters()])
+
+
+def test_by_default_it_steps_as_srmodel_does(make):
+    ours, theirs = steps(make(), 3), steps(make(cls=SRModel), 3)
+    assert torch.equal(weights(ours), weights(theirs))
+    assert ours.get_current_log() == theirs.get_current_log()
+
+
+@pytest.mark.slow
+def test_ema_validates_as_well_as_the_network_where_srmodel_fails(make):
+    """The averaged network needs BatchNorm's statistics too; upstream leaves them at their initial values."""
+    changes = {'train.ema_decay': 0.999, 'train.optim_g.lr': 1e-3, 'train.scheduler.milestones': [1000],
+               'network_g.num_feat': 30, 'network_g.num_block': 4}
+    psnr = {}
+    for name, cls in (('ours', None), ('stock', SRModel)):
+        model = make(changes, cls)
+        loaders = build_validation_loaders(model.opt, ('val',))
+        dataset = build_checked_dataset(model.opt, 'train')
+        torch.manual_seed(1)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
+        iteration = 0
+        while iteration < 150:
+            for data in loader:
+                iteration += 1
+                model.feed_data(data)
+                model.optimize_parameters(iteration)
+        for key in ('params_ema', 'params'):
+            if key == 'params':
+                del model.net_g_ema
+            model.validation(loaders[0], iteration, None, False)
+            psnr[name, key] = model.metric_results['psnr']
+    assert psnr['ours', 'params_ema'] > psnr['ours', 'params'] - 0.5
+    assert psnr['stock', 'params_ema'] < psnr['stock', 'params'] - 0.5
+    assert psnr['ours', 'params_ema'] > psnr['stock', 'params_ema'] + 0.5
+
+
+def test_the_average_holds_the_buffers(make):
+    model = steps(make(), 3)
+    for name, buffer in model.net_g.named_buffers():
+        assert torch.equal(dict(model.net_g_ema.named_buffers())[name], buffer), name
+    assert not torch.equal(model.net_g_ema.head.weight, model.net_g.head.weight)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(make):
+    """BatchNorm apart: its statistics are those of a part, so it is frozen here."""
+    results = []
+    for parts in (1, 2):
+        model = make({'train.accumulate': parts, 'train.ema_decay': 0})
+        for module in model.net_g.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        model.feed_data(batch())
+        model.optimize_parameters(1)
+        results.append((weights(model), model.get_current_log()['l_pix']))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
+
+
+def test_the_gradient_is_clipped(make):
+    model = make({'train.grad_clip': 1e-3})
+    seen = []
+    step = model.optimizer_g.step
+    model.optimizer_g.step = lambda *args, **kwargs: (
+        seen.append(torch.nn.utils.get_total_norm([p.grad for p in model.net_g.parameters()])), step(*args, **kwargs))
+    steps(model, 1)
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_bf16_trains_close_to_float32(make):
+    exact, rounded = steps(make(), 3), steps(make({'train.amp': 'bf16'}), 3)
+    assert rounded.get_current_log()['l_pix'] == pytest.approx(exact.get_current_log()['l_pix'], rel=0.05)
+    assert {p.dtype for p in rounded.net_g.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize('optimizer', ['AdamW', 'RMSprop', 'Adamax', 'NAdam', 'RAdam'])
+def test_optimizers_go_by_their_name_in_torch(make, options, optimizer):
+    options['train']['optim_g'] = {'type': optimizer, 'lr': 1e-3, 'weight_decay': 0}
+    model = steps(make(), 1)
+    assert type(model.optimizer_g) is getattr(torch.optim, optimizer)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make):
+    model = make()
+    data = batch()
+    data['lq'][1] = float('nan')
+    model.feed_data(data)
+    before = weights(model).clone()
+    expected = r'iteration 7: the loss is nan at learning rate 1\.000e-03.*key0, key1'
+    with pytest.raises(UserError, match=expected) as caught:
+        model.optimize_parameters(7)
+    assert '\n' not in str(caught.value)
+    assert torch.equal(weights(model), before)
+
+
+def test_tiles_and_self_ensemble_are_used_in_validation(make):
+    plain, tiled, ensemble = (make(changes) for changes in ({}, {'val.tile': 16, 'val.tile_overlap': 16},
+                                                            {'val.self_ensemble': True}))
+    outputs = []
+    for model in (plain, tiled, ensemble):
+        model.feed_data({'lq': torch.rand(1, 3, 40, 36, generator=torch.Generator().manual_seed(1))})
+        model.test()
+        outputs.append(model.output)
+    assert outputs[0].shape == outputs[1].shape == outputs[2].shape == (1, 3, 80, 72)
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+def test_compiled_training_saves_plain_names(make):
+    model = make({'compile': True})
+    assert all(not key.startswith('_orig_mod') for key in model.get_bare_model(model.net_g).state_dict())
