@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _suggestion(self, message: str) -> str:
         known = list(_names(self))
-        for word in message.replace("'", ' ').replace('=', ' ').split():
+        for word in re.findall(r'[\w-]+', message):
             near = difflib.get_close_matches(word, known, n=1)
             if near and near[0] != word:
                 return f'; did you mean {near[0]}?'

@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> Path:
     """A small data set: `photographs`, `train/*.lmdb` (raw, x2) and `test/{GT,LR}` folders of PNGs."""
     root = tmp_path_factory.mktemp('data')
     for name in ('astronaut', 'chelsea', 'coffee', 'rocket'):
-        photograph = getattr(skimage.data, name)()[100:226, 100:230, ::-1]
+        photograph = getattr(skimage.data, name)()[100:232, 100:236, ::-1]
         _write(root / 'photographs' / f'{name}.png', photograph)
     build(hr=root / 'photographs', out=root / 'train', scales=[2])
     for name, edge in (('immunohistochemistry', 64), ('retina', 50), ('hubble_deep_field', 46)):

@@ -118,7 +118,7 @@ class ELANModel(SRModel):
                 self.optim_wrapper.update_params(total)
         self.log_dict = self.reduce_loss_dict(losses)
         if self.ema_decay > 0:
-            self.model_ema(decay=self.ema_decay)
+            self.model_ema(decay=self._ema_decay_at(current_iter))
 
     def compute_losses(self, output: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to descend and its named parts, as SRModel logs them."""
@@ -147,6 +147,14 @@ class ELANModel(SRModel):
             keys = ', '.join(map(str, self.lq_paths or []))
             raise UserError(f'iteration {current_iter}: the loss is {loss.item()} at learning rate {rates}; stopped, '
                             f'the last checkpoint stands; a lower rate or train.grad_clip may help; batch: {keys}')
+
+    def _ema_decay_at(self, current_iter: int) -> float:
+        """The decay, warmed up as TensorFlow's ExponentialMovingAverage does with `num_updates`.
+
+        A constant 0.999 holds 86 % of the random initial weights after 150 iterations. From iteration 8,990 on it makes
+        no difference.
+        """
+        return min(self.ema_decay, (1 + current_iter) / (10 + current_iter))
 
     @torch.no_grad()
     def model_ema(self, decay: float = 0.999) -> None:

@@ -128,7 +128,7 @@ def test_auto_resume_passes_over_what_is_damaged(options, capfd):
     assert main(['train', '-opt', file, '--auto_resume']) == 0
     log = capfd.readouterr().err
     assert '--auto_resume passes over' in log and '8.state: cut off or damaged' in log
-    assert 'Start training from epoch: 1, iter: 4' in log
+    assert 'Start training from epoch: 4, iter: 4' in log
 
 
 def test_resuming_with_another_batch_goes_on_in_the_stream(options):
