@@ -5,8 +5,10 @@ file up, and a mistake can be reported with the line it stands on.
 """
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from elan_basicsr.errors import UserError
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 30
+MAX_NUMBER = 100
+"""Characters of a number. Python takes quadratic time for long ones, and refuses to print them."""
+MAX_MESSAGE = 500
 
 _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 _PLAIN_TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('str', 'int', 'float', 'bool', 'null')}
@@ -33,16 +38,30 @@ class Source:
     file: str
     lines: dict[Path_, int] = field(default_factory=dict)
     overridden: dict[Path_, str] = field(default_factory=dict)
+    added: set[Path_] = field(default_factory=set)
 
     def error(self, key: Path_ | str, message: str) -> UserError:
         """A UserError `FILE:LINE: key: message`, with the line of the key or of the nearest section around it."""
         path = tuple(key.split('.')) if isinstance(key, str) else tuple(map(str, key))
         for length in range(len(path), 0, -1):
             if path[:length] in self.overridden:
-                return UserError(f'{self.overridden[path[:length]]}: {".".join(path)}: {message}')
+                return user_error(f'{self.overridden[path[:length]]}: {".".join(path)}: {message}')
             if path[:length] in self.lines:
-                return UserError(f'{self.file}:{self.lines[path[:length]]}: {".".join(path)}: {message}')
-        return UserError(f'{self.file}: {".".join(path)}: {message}')
+                return user_error(f'{self.file}:{self.lines[path[:length]]}: {".".join(path)}: {message}')
+        return user_error(f'{self.file}: {".".join(path)}: {message}')
+
+
+def user_error(message: str) -> UserError:
+    """A UserError that stays one printable line of bounded length, whatever the file holds."""
+    line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(message.split()))
+    return UserError(line if len(line) <= MAX_MESSAGE else f'{line[:MAX_MESSAGE]}…')
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """`A or B`: the closest of `names` to a misspelt `name`, without regard to case; empty where none is close."""
+    by_lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=count, cutoff=cutoff)
+    return ' or '.join(by_lower[each] for each in near)
 
 
 def read_yaml(file: str | os.PathLike) -> tuple[dict, Source]:
@@ -54,20 +73,20 @@ def read_yaml(file: str | os.PathLike) -> tuple[dict, Source]:
     """
     try:
         if Path(file).is_dir():
-            raise UserError(f'{file}: is a folder, expected an option file')
+            raise user_error(f'{file}: is a folder, expected an option file')
         with open(file, 'rb') as stream:
             raw = stream.read(MAX_BYTES + 1)
-        text = raw.decode('utf-8')
+        text = raw.decode('utf-8-sig')
     except FileNotFoundError:
-        raise UserError(f'{file}: no such option file') from None
+        raise user_error(f'{file}: no such option file') from None
     except (OSError, ValueError) as error:
-        raise UserError(f'{file}: cannot be read as a text file ({" ".join(str(error).split())[:120]})') from None
+        raise user_error(f'{file}: cannot be read as a text file ({" ".join(str(error).split())[:120]})') from None
     if len(raw) > MAX_BYTES:
-        raise UserError(f'{file}: larger than {MAX_BYTES >> 20} MiB, which no option file is')
+        raise user_error(f'{file}: larger than {MAX_BYTES >> 20} MiB, which no option file is')
     source = Source(str(file))
     options = _Builder(text, str(file), source.lines).build()
     if not isinstance(options, dict):
-        raise UserError(f'{file}: expected keys and values (name: …), found '
+        raise user_error(f'{file}: expected keys and values (name: …), found '
                         f'{"nothing" if options is None else type(options).__name__}')
     return options, source
 
@@ -82,16 +101,27 @@ class _Builder:
     def build(self):
         try:
             self.loader = _Loader(self.text)
+            self._refuse_depth()
             node = self.loader.get_single_node()
             return None if node is None else self._value(node, (), ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise self._error(mark, f'not valid YAML: {error.problem or error.context}') from None
-        except (yaml.YAMLError, RecursionError) as error:
-            raise UserError(f'{self.where}: not valid YAML: {" ".join(str(error).split())[:120]}') from None
+            line = self.text.splitlines()[mark.line:mark.line + 1] if mark else []
+            tabs = '; YAML is indented with spaces, not tabs' if line and line[0].lstrip(' ').startswith('\t') else ''
+            raise self._error(mark, f'not valid YAML: {error.problem or error.context}{tabs}') from None
+        except yaml.YAMLError as error:
+            raise user_error(f'{self.where}: not valid YAML: {" ".join(str(error).split())[:120]}') from None
+
+    def _refuse_depth(self) -> None:
+        """PyYAML composes nodes by recursion in C: half a million nested lists, one MiB of `- - -`, end the process."""
+        depth = 0
+        for number, event in enumerate(yaml.parse(self.text, Loader=_Loader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or number > 2 * MAX_NODES:
+                raise self._error(event.start_mark, 'too many or too deeply nested values')
 
     def _error(self, mark, message: str) -> UserError:
-        return UserError(f'{self.where}:{mark.line + 1}: {message}' if mark else f'{self.where}: {message}')
+        return user_error(f'{self.where}:{mark.line + 1}: {message}' if mark else f'{self.where}: {message}')
 
     def _value(self, node, path: Path_, parents: tuple):
         self.nodes += 1
@@ -108,7 +138,10 @@ class _Builder:
     def _mapping(self, node, path: Path_, parents: tuple) -> dict:
         result, merged = {}, {}
         for key_node, value_node in node.value:
-            key = str(self._value(key_node, path, parents))
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise self._error(key_node.start_mark, 'a key is a list or a section, expected a name')
+            key = key_node.value  # as written: YAML would turn a metric named `y` into True
+            self._scalar(key_node)
             if key_node.tag == 'tag:yaml.org,2002:merge':
                 merged_values = self._value(value_node, path, parents)
                 for part in merged_values if isinstance(merged_values, list) else [merged_values]:
@@ -128,6 +161,8 @@ class _Builder:
             return node.value
         if node.tag not in _PLAIN_TAGS:
             raise self._tag_error(node)
+        if node.tag.endswith((':int', ':float')) and len(node.value) > MAX_NUMBER:
+            raise self._error(node.start_mark, f'a number of {len(node.value)} characters, expected up to {MAX_NUMBER}')
         if node.tag.endswith(':str') and not node.style and _FLOAT.fullmatch(node.value):
             return float(node.value)
         try:
@@ -157,26 +192,31 @@ def _override(options: dict, source: Source, where: str, text: str, separator: s
     key, equals, value = text.partition('=')
     path = tuple(part.strip() for part in key.split(separator))
     if not equals or not all(path):
-        raise UserError(f'{where}: expected key{separator}sub=value')
+        raise user_error(f'{where}: expected key{separator}sub=value, such as train{separator}total_iter=1000')
     section = options
     for depth, part in enumerate(path[:-1], 1):
         child = _item(section, part)
         if child is None and may_add and depth > 1 and isinstance(section, dict):
             child = section[part] = {}
         if not isinstance(child, (dict, list)):
-            raise UserError(f'{where}: there is no section {".".join(path[:depth])} in {source.file}'
-                            f'{_nearest(part, section)}')
+            found = f'{".".join(path[:depth])} is no section' if _item(section, part, _ABSENT) is not _ABSENT else \
+                f'there is no section {".".join(path[:depth])}'
+            raise user_error(f'{where}: {found} in {source.file}{_suggestion(part, section)}')
         section = child
     last = path[-1]
-    if not may_add and _item(section, last, default=_ABSENT) is _ABSENT:
-        raise UserError(f'{where}: there is no key {".".join(path)} in {source.file}{_nearest(last, section)}')
+    if _item(section, last, _ABSENT) is _ABSENT and isinstance(section, dict):
+        if not may_add:
+            raise user_error(f'{where}: there is no key {".".join(path)} in {source.file}{_suggestion(last, section)}')
+        source.added.add(path)
     parsed = _Builder(value, where).build()
+    if separator == ':' and parsed in ('none', 'None'):
+        parsed = None  # BasicSR's own reading
     if isinstance(section, dict):
         section[last] = parsed
-    elif last.isdigit() and int(last) < len(section):
+    elif last.isdecimal() and int(last[:9]) < len(section):
         section[int(last)] = parsed
     else:
-        raise UserError(f'{where}: {".".join(path[:-1])} is a list of {len(section)}; expected an index below that')
+        raise user_error(f'{where}: {".".join(path[:-1])} is a list of {len(section)}; expected an index below that')
     source.overridden[path] = where
 
 
@@ -186,10 +226,9 @@ _ABSENT = object()
 def _item(section: dict | list, part: str, default=None):
     if isinstance(section, dict):
         return section.get(part, default)
-    return section[int(part)] if part.isdigit() and int(part) < len(section) else default
+    return section[int(part)] if part.isdecimal() and int(part[:9]) < len(section) else default
 
 
-def _nearest(part: str, section: dict | list) -> str:
-    import difflib
-    near = difflib.get_close_matches(part, section if isinstance(section, dict) else (), n=1)
-    return f'; did you mean {near[0]}?' if near else ''
+def _suggestion(part: str, section: dict | list) -> str:
+    near = nearest(part, section if isinstance(section, dict) else ())
+    return f'; did you mean {near}?' if near else ''

@@ -36,7 +36,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     apply_overrides(opt, source, overrides, force_yml)
     check_options(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
-    opt.setdefault('path', {})
+    opt['path'] = opt.get('path') or {}
     opt['notices'] = []
     _choose_device(opt)
     if debug and not opt['name'].startswith('debug'):
@@ -45,6 +45,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     _complete_paths(opt)
     if is_train:
         _complete_logger(opt)
+    _whole_numbers(opt)
     _check_again(opt, source)
     return opt
 
@@ -80,29 +81,44 @@ def _complete_paths(opt: dict) -> None:
         if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
             path[key] = osp.expanduser(value)
     if opt['is_train']:
-        run = osp.join(path.get('experiments_root') or osp.join(opt['root_path'], 'experiments'), opt['name'])
+        run = osp.join(_folder(opt, 'experiments'), opt['name'])
         path.update(experiments_root=run, models=osp.join(run, 'models'),
                     training_states=osp.join(run, 'training_states'), log=run,
                     visualization=osp.join(run, 'visualization'))
         path.setdefault('resume_state', None)
     else:
-        run = osp.join(path.get('results_root') or osp.join(opt['root_path'], 'results'), opt['name'])
+        run = osp.join(_folder(opt, 'results'), opt['name'])
         path.update(results_root=run, log=run, visualization=osp.join(run, 'visualization'))
-        opt.setdefault('val', {})
+        opt['val'] = opt.get('val') or {}
+        opt['val'].setdefault('suffix', None)  # the toolbox's own models index it
+
+
+def _folder(opt: dict, kind: str) -> str:
+    """Where the runs lie: as `path.KIND_root` says, else in KIND under the root."""
+    chosen = opt['path'].get(f'{kind}_root')
+    return osp.join(opt['root_path'], osp.expanduser(chosen) if chosen else kind)
 
 
 def _complete_logger(opt: dict) -> None:
-    logger = opt.setdefault('logger', {})
+    opt['logger'] = logger = opt.get('logger') or {}
     for key, default in (('print_freq', 100), ('save_checkpoint_freq', 5000), ('use_tb_logger', False)):
         logger.setdefault(key, default)
     if opt.get('val'):
         opt['val'].setdefault('val_freq', 5000)
         opt['val'].setdefault('save_img', False)
-    opt['train']['total_iter'] = int(opt['train']['total_iter'])
     if 'debug' in opt['name']:
         logger.update(print_freq=1, save_checkpoint_freq=DEBUG_FREQUENCY)
         if opt.get('val'):
             opt['val']['val_freq'] = DEBUG_FREQUENCY
+
+
+def _whole_numbers(opt: dict) -> None:
+    """`!!float 5e3`, as BasicSR's files write counts of iterations, becomes 5000."""
+    sections = [opt.get('train') or {}, opt.get('val') or {}, opt.get('logger') or {}, *opt['datasets'].values()]
+    for section in sections:
+        for key in ('total_iter', 'val_freq', 'save_checkpoint_freq', 'dataset_enlarge_ratio'):
+            if key in section:
+                section[key] = int(section[key])
 
 
 def _check_again(opt: dict, source: Source) -> None:
