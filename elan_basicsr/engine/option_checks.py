@@ -131,7 +131,7 @@ def _check_model(opt: dict, model: type, source: Source) -> None:
         section, _, name = key.rpartition('.')
         values = (opt.get(section) or {}) if section else opt
         if values.get(name):
-            raise source.error(key, f'{opt["model_type"]} does not know this key; use model_type: ELANModel or remove it')
+            raise source.error(key, f'{opt["model_type"]} does not know it; use model_type: ELANModel, or remove it')
 
 
 # ------------------------------------------------------------------------------------------------- data

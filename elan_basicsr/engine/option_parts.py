@@ -26,7 +26,7 @@ SCHEDULERS = ('MultiStepLR', 'MultiStepRestartLR', 'CosineAnnealingRestartLR')
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients: no training loop here does either.
 UNUSABLE_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam')
 LARGEST_ARGUMENT = 1 << 17
-MAX_TENSORS = 50_000
+MAX_TENSORS = 10_000
 MAX_PARAMETERS = 10**10
 
 
@@ -125,7 +125,7 @@ def _dry_building():
         if parameter is not None:
             tensors, elements = tensors + 1, elements + parameter.numel()
         if tensors > MAX_TENSORS or elements > MAX_PARAMETERS:
-            raise ValueError(f'more than {MAX_TENSORS:,} layers or {MAX_PARAMETERS:,} parameters')
+            raise ValueError(f'more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters')
 
     hook = register_module_parameter_registration_hook(count)
     try:

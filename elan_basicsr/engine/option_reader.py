@@ -95,7 +95,8 @@ class _Builder:
     """Turns the node tree of one YAML document into plain values."""
 
     def __init__(self, text: str, where: str, lines: dict[Path_, int] | None = None):
-        self.text, self.where, self.lines = text, where, {} if lines is None else lines
+        self.text, self.where, self.is_file = text, where, lines is not None
+        self.lines = {} if lines is None else lines
         self.nodes = 0
 
     def build(self):
@@ -106,9 +107,10 @@ class _Builder:
             return None if node is None else self._value(node, (), ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            reason = ', '.join(part for part in (error.context, error.problem) if part)
             line = self.text.splitlines()[mark.line:mark.line + 1] if mark else []
             tabs = '; YAML is indented with spaces, not tabs' if line and line[0].lstrip(' ').startswith('\t') else ''
-            raise self._error(mark, f'not valid YAML: {error.problem or error.context}{tabs}') from None
+            raise self._error(mark, f'not valid YAML: {reason}{tabs}') from None
         except yaml.YAMLError as error:
             raise user_error(f'{self.where}: not valid YAML: {" ".join(str(error).split())[:120]}') from None
 
@@ -121,7 +123,8 @@ class _Builder:
                 raise self._error(event.start_mark, 'too many or too deeply nested values')
 
     def _error(self, mark, message: str) -> UserError:
-        return user_error(f'{self.where}:{mark.line + 1}: {message}' if mark else f'{self.where}: {message}')
+        line = f':{mark.line + 1}' if mark and self.is_file else ''
+        return user_error(f'{self.where}{line}: {message}')
 
     def _value(self, node, path: Path_, parents: tuple):
         self.nodes += 1
