@@ -36,6 +36,7 @@ from elan_basicsr.engine.option_reader import Source, nearest
 
 BENCHMARKS = ('Set5', 'Set14', 'B100', 'BSD100', 'Urban100', 'Manga109')
 LARGEST_SCALE = 64
+EXAMPLES = {'name': 'a name for the run and its folder', 'model_type': 'the name of a model such as ELANModel'}
 
 
 def check_options(opt: dict, source: Source, is_train: bool) -> None:
@@ -100,8 +101,10 @@ def _check_required(opt: dict, source: Source, is_train: bool) -> None:
         section, parts = opt, key.split('.')
         for depth, part in enumerate(parts):
             if part not in section:
-                raise source.error(parts[:depth] or key, f'{part} is missing, expected '
-                                                         f'{known(tuple(parts[:depth + 1])).words}')
+                expected = EXAMPLES.get(part) or known(tuple(parts[:depth + 1])).words
+                if depth == 0:
+                    raise source.error(part, f'is missing, expected {expected}')
+                raise source.error('.'.join(parts[:depth]), f'{part} is missing, expected {expected}')
             section = section[part]
     if not is_train and not any(phase.split('_')[0] in ('test', 'val') for phase in opt['datasets']):
         raise source.error('datasets', 'there is no test set, expected a section test_1')

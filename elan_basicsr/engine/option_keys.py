@@ -106,9 +106,9 @@ KEYS: dict[str, Kind] = {
     'logger.keep_last': COUNT, 'logger.wandb': SECTION_OR_NONE, 'logger.wandb.project': TEXT_OR_NONE,
     'logger.wandb.resume_id': TEXT_OR_NONE, 'dist_params.backend': TEXT, 'dist_params.port': COUNT,
 }
-REQUIRED = ('name', 'model_type', 'datasets', 'network_g', 'network_g.type')
-REQUIRED_TO_TRAIN = ('train', 'train.total_iter', 'train.optim_g', 'train.optim_g.type', 'train.optim_g.lr',
-                     'train.scheduler', 'train.scheduler.type', 'datasets.train', 'datasets.train.batch_size_per_gpu')
+REQUIRED = ('name', 'model_type', 'datasets', 'network_g')
+REQUIRED_TO_TRAIN = ('train', 'train.total_iter', 'train.optim_g', 'train.scheduler',
+                     'train.scheduler.type', 'datasets.train', 'datasets.train.batch_size_per_gpu')
 
 OURS = ('train.amp', 'train.accumulate', 'train.grad_clip', 'val.tile', 'val.tile_overlap', 'val.self_ensemble',
         'val.save_best', 'logger.keep_last', 'compile', 'sync_bn')

@@ -96,8 +96,21 @@ def check_network(opt: dict, section: str, source: Source) -> None:
             arch(**weightless)
     except Exception as error:  # constructors fail in every way: assertions, indices, divisions
         if not _is_about_meta(error):
-            raise source.error(_blamed(section, given, _words(error)),
-                               f'{options["type"]} cannot be built: {_words(error)}') from None
+            raise _building_error(section, given, arch, error, source) from None
+
+
+def _building_error(section: str, given: dict, arch: type, error: Exception, source: Source):
+    """The error of a failed constructor, at the argument it is about where that can be told."""
+    message = _words(error)
+    blamed = next((name for name in given if message.startswith((f'ELAN: {name} ', f'{name} '))), None)
+    if blamed is None:
+        parameters = inspect.signature(arch).parameters
+        for name, value in given.items():
+            default = parameters[name].default if name in parameters else None
+            is_number = isinstance(default, (int, float)) and not isinstance(default, bool) or name.startswith('num_')
+            if is_number and isinstance(value, (str, bool)):
+                return source.error((section, name), f'is {value!r}, expected a number')
+    return source.error((section, blamed) if blamed else section, f'{arch.__name__} cannot be built: {message}')
 
 
 def _integers(value) -> Iterator[int]:
@@ -140,12 +153,6 @@ def _dry_building():
 def _is_about_meta(error: Exception) -> bool:
     """Whether building failed only because there is no storage (ECBSR fills tensors of a fixed device, for one)."""
     return isinstance(error, NotImplementedError) or 'meta' in str(error) or 'TensorOptions' in str(error)
-
-
-def _blamed(section: str, arguments: dict, message: str) -> tuple[str, ...]:
-    """The argument that the message is about, where it begins with its name as ELAN's do."""
-    name = next((key for key in arguments if message.startswith((f'ELAN: {key} ', f'{key} '))), None)
-    return (section, name) if name else (section,)
 
 
 # ------------------------------------------------------------------------------------------------- losses and metrics
