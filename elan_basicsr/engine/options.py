@@ -34,6 +34,8 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     """
     opt, source = read_yaml(file)
     apply_overrides(opt, source, overrides, force_yml)
+    if isinstance(opt.get('datasets'), dict):  # `--set datasets.test_5=~` leaves a set out
+        opt['datasets'] = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
     check_options(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
     opt['path'] = opt.get('path') or {}

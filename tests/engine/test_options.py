@@ -210,6 +210,14 @@ def test_set_changes_adds_and_reads_yaml():
     assert opt['val']['metrics']['psnr']['crop_border'] == 4 and list(opt['val']['metrics']) == ['psnr', 'ssim']
 
 
+def test_a_dataset_set_to_none_is_left_out():
+    text = TEST.replace('network_g:', '  test_2: {name: gone, type: PairedImageDataset, dataroot_gt: gone}\nnetwork_g:')
+    with pytest.raises(UserError, match='datasets.test_2'):
+        load_options(write(text), is_train=False)
+    opt = load_options(write(text), is_train=False, overrides=['datasets.test_2=~'])
+    assert list(opt['datasets']) == ['test_1']
+
+
 def test_force_yml_changes_what_exists_as_basicsr_reads_it():
     opt = load_options(write(TRAIN), is_train=True, force_yml=[
         'train:total_iter=7', 'datasets:train:prefetch_mode=none', 'train:scheduler:milestones=[1,2]',
