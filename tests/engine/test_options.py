@@ -211,7 +211,7 @@ def test_set_changes_adds_and_reads_yaml():
 
 
 def test_a_dataset_set_to_none_is_left_out():
-    text = TEST.replace('network_g:', '  test_2: {name: gone, type: PairedImageDataset, dataroot_gt: gone}\nnetwork_g:')
+    text = TEST.replace('\nnetwork_g:', '\n  test_2: {name: gone, type: PairedImageDataset, dataroot_gt: gone}\nnetwork_g:')
     with pytest.raises(UserError, match='datasets.test_2'):
         load_options(write(text), is_train=False)
     opt = load_options(write(text), is_train=False, overrides=['datasets.test_2=~'])
