@@ -35,8 +35,12 @@ from elan_basicsr.engine.option_parts import (
 from elan_basicsr.engine.option_reader import Source, nearest
 
 BENCHMARKS = ('Set5', 'Set14', 'B100', 'BSD100', 'Urban100', 'Manga109')
+LAYOUTS = (('_raw.lmdb', 'a raw LMDB', 'PairedRawLmdbDataset'),
+           ('_sub.lmdb', 'an LMDB of sub-images', 'PairedImageDataset'))
+PAIRED = ('PairedImageDataset', 'PairedRawLmdbDataset')
 LARGEST_SCALE = 64
-EXAMPLES = {'name': 'a name for the run and its folder', 'model_type': 'the name of a model such as ELANModel'}
+EXAMPLES = {'name': 'a name for the run and its folder', 'model_type': 'the name of a model such as ELANModel',
+            'train': 'a section of keys; a file without it is for `basicsr test`'}
 
 
 def check_options(opt: dict, source: Source, is_train: bool) -> None:
@@ -53,7 +57,7 @@ def check_options(opt: dict, source: Source, is_train: bool) -> None:
         _check_dataset(opt, phase, source, is_train)
     if is_train:
         _check_training(opt, model, source)
-    _check_validation(opt, source)
+    _check_validation(opt, source, is_train)
     for phase in opt['datasets']:
         if _is_used(opt, phase, is_train):
             _check_data_files(opt['datasets'][phase], ('datasets', phase), source)
@@ -156,7 +160,7 @@ def _check_dataset(opt: dict, phase: str, source: Source, is_train: bool) -> Non
     if 'type' not in dataset:
         raise source.error(key, 'type is missing, expected the name of a dataset such as PairedImageDataset')
     check_registered(dataset['type'], registry.DATASET_REGISTRY, 'dataset', source, (*key, 'type'))
-    paired = dataset['type'] in ('PairedImageDataset', 'PairedRawLmdbDataset')
+    paired = dataset['type'] in PAIRED
     needed = DATASET_KEYS.get(dataset['type'], ())
     for name in (*needed, *(PATCH_KEYS if paired and kind == 'train' else ())):
         if dataset.get(name) is None:
@@ -198,6 +202,9 @@ def _check_data_folder(path: str, dataset_type: str, is_lmdb: bool, source: Sour
     if is_lmdb and not path.endswith('.lmdb'):
         raise source.error(key, f'{path}: expected an LMDB, whose folder ends with .lmdb; for a folder of images use '
                                 'PairedImageDataset and io_backend: {type: disk}')
+    for ending, what, taken_by in LAYOUTS:
+        if path.endswith(ending) and dataset_type in PAIRED and dataset_type != taken_by:
+            raise source.error(key, f'{path}: by its name {what}; set type: {taken_by}')
     if not osp.isdir(path):
         what = 'is a file, expected a folder' if osp.isfile(path) else 'no such folder'
         raise source.error(key, f'{path}: {what}; {_how_to_prepare(path, dataset_type)}')
@@ -251,11 +258,16 @@ def _check_training(opt: dict, model: type, source: Source) -> None:
         raise source.error('logger.wandb.project', 'needs use_tb_logger: true, from which it takes its figures')
 
 
-def _check_validation(opt: dict, source: Source) -> None:
+def _check_validation(opt: dict, source: Source, is_train: bool) -> None:
     val = opt.get('val') or {}
     metrics = val.get('metrics') or {}
+    without_gt = [opt['datasets'][phase]['type'] for phase in opt['datasets'] if _is_used(opt, phase, is_train)
+                  and opt['datasets'][phase]['type'] == 'SingleImageDataset']
     for name, metric in metrics.items():
-        check_metric(metric, ('val', 'metrics', name), source)
+        needs_gt = check_metric(metric, ('val', 'metrics', name), source)
+        if needs_gt and without_gt:
+            raise source.error(('val', 'metrics', name), f'{metric["type"]} compares with a ground truth, which '
+                                                         f'{without_gt[0]} does not have')
     if val.get('save_best') is not None:
         check_choice(val['save_best'], metrics, 'metric in val.metrics named', source, 'val.save_best')
 

@@ -174,13 +174,15 @@ def check_loss(section: dict, key: tuple[str, ...], source: Source) -> None:
         raise source.error((*key, 'reduction'), 'none leaves an image instead of a loss; expected mean or sum')
 
 
-def check_metric(section: dict, key: tuple[str, ...], source: Source) -> None:
+def check_metric(section: dict, key: tuple[str, ...], source: Source) -> bool:
+    """Check one metric; tell whether it compares with a ground truth."""
     if 'type' not in section:
         raise source.error(key, 'type is missing, expected the name of a metric such as calculate_psnr')
     metric = check_registered(section['type'], registry.METRIC_REGISTRY, 'metric', source, (*key, 'type'))
     check_arguments(section, metric, key, source, given_by_caller=('img', 'img2'))
     if section.get('input_order', 'HWC') != 'HWC':
         raise source.error((*key, 'input_order'), 'the images of a validation are HWC; remove the key')
+    return 'img2' in inspect.signature(metric).parameters
 
 
 # ------------------------------------------------------------------------------------------------- optimizers

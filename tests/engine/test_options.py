@@ -211,7 +211,7 @@ def test_set_changes_adds_and_reads_yaml():
 
 
 def test_a_dataset_set_to_none_is_left_out():
-    text = TEST.replace('\nnetwork_g:', '\n  test_2: {name: gone, type: PairedImageDataset, dataroot_gt: gone}\nnetwork_g:')
+    text = TEST.replace('\nnetwork_g:', '\n  test_2: {name: gone, type: PairedImageDataset}\nnetwork_g:')
     with pytest.raises(UserError, match='datasets.test_2'):
         load_options(write(text), is_train=False)
     opt = load_options(write(text), is_train=False, overrides=['datasets.test_2=~'])
@@ -283,6 +283,9 @@ WRONG = [
      'data/unfinished.lmdb\n    dataroot_lq: data/whole.lmdb\n    io_backend:\n      type: lmdb',
      'datasets.train.dataroot_gt', 'holds no data.mdb, so it is no finished LMDB'),
     ('data/hr', 'data/whole.lmdb', 'datasets.train.dataroot_gt', 'is an LMDB; set io_backend: {type: lmdb}'),
+    ('data/hr\n    dataroot_lq: data/lr\n    filename_tmpl: \'{}\'\n    io_backend:\n      type: disk',
+     'data/hr_raw.lmdb\n    dataroot_lq: data/lr_raw.lmdb\n    io_backend:\n      type: lmdb',
+     'datasets.train.dataroot_gt', 'by its name a raw LMDB; set type: PairedRawLmdbDataset'),
     ('      type: disk', '      type: disc', 'datasets.train.io_backend.type', "is 'disc', expected disk or lmdb"),
     ("filename_tmpl: '{}'", "filename_tmpl: 'x4'", 'datasets.train.filename_tmpl', 'expected a text with one {}'),
     ('gt_size: 32', 'gt_size: 33', 'datasets.train.gt_size', 'is 33, expected a multiple of scale, 2'),
@@ -382,6 +385,8 @@ def test_the_line_number_is_that_of_the_key():
     ('test_1', 'train', 'options.yml:5: datasets: there is no test set, expected a section test_1'),
     ('weights.pth', 'gone.pth', 'options.yml:19: path.pretrain_network_g: gone.pth: no such file, expected a'),
     ('save_img: true', 'tile: 64', 'options.yml:21: val.tile: SRModel does not know it'),
+    ('type: PairedImageDataset\n    dataroot_gt: data/hr', 'type: SingleImageDataset',
+     'options.yml:22: val.metrics.psnr: calculate_psnr compares with a ground truth, which SingleImageDataset'),
     ('    io_backend:\n      type: disk\n', '', 'options.yml:6: datasets.test_1: io_backend is missing'),
     ('  num_in_ch: 3\n', '', 'options.yml:13: network_g: num_in_ch is missing, which EDSR needs'),
 ])
@@ -389,6 +394,11 @@ def test_a_wrong_test_file_is_named(old, new, said):
     with pytest.raises(UserError) as caught:
         load_options(write(TEST.replace(old, new, 1)), is_train=False)
     assert str(caught.value).startswith(said)
+
+
+def test_a_test_file_given_to_train_is_recognised(capsys):
+    assert cli.main(['train', '-opt', write(TEST)]) == 2
+    assert 'options.yml: train: is missing, ' in (said := capsys.readouterr().err) and '`basicsr test`' in said
 
 
 def test_adversarial_models_need_their_discriminator():
