@@ -104,7 +104,8 @@ def _add_data(commands) -> None:
     parser = _command(commands, 'data', 'prepare and check training and test data',
                       'basicsr data build --hr photos --out datasets/photos --scales 4')
     actions = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    _add_data_build(actions)
+    for add in (_add_data_div2k, _add_data_build, _add_data_benchmark, _add_data_verify):
+        add(actions)
 
 
 def _add_data_build(commands) -> None:
@@ -114,14 +115,69 @@ def _add_data_build(commands) -> None:
     parser.add_argument('--lr', metavar='DIR', help='folder of LR images (X2, X4, …); made by the bicubic if not given')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the LMDBs')
     parser.add_argument('--scales', required=True, nargs='+', type=int, metavar='N', help='scales of the LR images')
-    parser.add_argument('--layout', choices=['raw', 'subimages'], default='raw',
-                        help="whole undecoded images, or the toolbox's PNG sub-images (default: raw)")
+    _add_layout(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.data.prepare import build
         for path in build(hr=args.hr, lr=args.lr, out=args.out, scales=args.scales, layout=args.layout):
             print(path)
         return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--layout', choices=['raw', 'subimages'], default='raw',
+                        help="whole undecoded images, or the toolbox's PNG sub-images (default: raw)")
+
+
+def _add_data_div2k(commands) -> None:
+    parser = _command(commands, 'div2k', 'download, check and build DIV2K for the train option files',
+                      'basicsr data div2k --download')
+    parser.add_argument('--root', default='datasets/DIV2K', metavar='DIR', help='its folder (default: datasets/DIV2K)')
+    parser.add_argument('--download', action='store_true', help='fetch the official archives that are not there')
+    parser.add_argument('--url', metavar='URL', help='where the archives are, if not at the official host')
+    parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+    _add_layout(parser)
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.data.div2k import URL, prepare_div2k
+        url = args.url.rstrip('/') + '/' if args.url else URL
+        for path in prepare_div2k(root=args.root, scales=args.scales, layout=args.layout, fetch=args.download, url=url):
+            print(path)
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_data_benchmark(commands) -> None:
+    parser = _command(commands, 'benchmark', 'lay out the benchmark sets for the test option files',
+                      'basicsr data benchmark benchmark.tar')
+    parser.add_argument('sources', nargs='+', metavar='SOURCE', help='folders or archives with Set5/HR, Set14/HR, …')
+    parser.add_argument('--root', default='datasets', metavar='DIR', help='folder of the sets (default: datasets)')
+    parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.data.benchmarks import lay_out_benchmarks
+        for name, number in lay_out_benchmarks(args.sources, root=args.root, scales=args.scales).items():
+            print(f'{args.root}/{name}: {number} images')
+        return 0
+
+    parser.set_defaults(call=call)
+
+
+def _add_data_verify(commands) -> None:
+    parser = _command(commands, 'verify', 'read every image of LMDBs, folders or an option file',
+                      'basicsr data verify -opt options/train_ELAN_light_x4.yml')
+    parser.add_argument('paths', nargs='*', metavar='PATH', help='LMDBs or folders of images')
+    parser.add_argument('-opt', metavar='FILE', help='an option file, whose data sets are verified in pairs')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.data.verify import verify
+        from elan_basicsr.engine.option_reader import read_yaml
+        if not args.paths and not args.opt:
+            raise UserError('data verify: nothing to verify; expected paths, or -opt FILE')
+        return verify(args.paths, read_yaml(args.opt)[0] if args.opt else None)
 
     parser.set_defaults(call=call)
 

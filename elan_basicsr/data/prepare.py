@@ -31,7 +31,7 @@ PNG_COMPRESSION = 1  # as the toolbox writes its LMDBs
 
 
 def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int], lr: str | os.PathLike | None = None,
-          layout: str = 'raw') -> list[Path]:
+          layout: str = 'raw', prefix: str = '', compare: bool = False) -> list[Path]:
     """Make the LMDBs of HR images and of their LR images at each scale.
 
     Args:
@@ -41,6 +41,8 @@ def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int
         lr: Folder with `X2`, `X4`, … or, for one scale, of the LR images themselves; without it they are made by
             MATLAB's bicubic.
         layout: `raw` (whole images, undecoded) or `subimages` (the toolbox's, PNG).
+        prefix: Put before the names of the LMDBs.
+        compare: Print how many bytes of the LR images given differ from MATLAB's bicubic.
 
     Returns:
         The LMDBs, HR first. One that is already whole is left as it is.
@@ -56,11 +58,16 @@ def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int
     images = find_images(hr)
     multiple = math.lcm(*scales)
     suffix = 'raw' if layout == 'raw' else 'sub'
-    jobs = [(Path(out) / f'HR_{suffix}.lmdb', 1, lambda path: _crop(read_bgr(path), multiple, path))]
+    hr_lmdb = Path(out) / f'{prefix}HR_{suffix}.lmdb'
+    lmdbs = [write_lmdb(hr_lmdb, images, lambda path: _crop(read_bgr(path), multiple, path), layout, 1)]
     for scale in scales:
-        source = _lr_source(images, lr, scale, len(scales), multiple)
-        jobs.append((Path(out) / f'LR_bicubic_X{scale}_{suffix}.lmdb', scale, source))
-    return [write_lmdb(target, images, source, layout, scale) for target, scale, source in jobs]
+        differing: list[int] | None = [] if compare else None
+        source = _lr_source(images, lr, scale, len(scales), multiple, differing)
+        target = Path(out) / f'{prefix}LR_bicubic_X{scale}_{suffix}.lmdb'
+        lmdbs.append(write_lmdb(target, images, source, layout, scale))
+        if differing:
+            print(f'{target.name}: {sum(differing)} bytes of {len(differing)} LR images differ from our bicubic')
+    return lmdbs
 
 
 def _crop(img: np.ndarray, multiple: int, path) -> np.ndarray:
@@ -70,13 +77,22 @@ def _crop(img: np.ndarray, multiple: int, path) -> np.ndarray:
     return img[:h, :w]
 
 
-def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: int) -> Callable[[Path], np.ndarray]:
-    """How to get the LR image of an HR path: by the bicubic, or from a folder of LR images with the same keys."""
-    if lr is None:
-        return lambda path: imresize(_crop(read_bgr(path), multiple, path), Fraction(1, scale))
-    folder = Path(lr) / f'X{scale}' if (Path(lr) / f'X{scale}').is_dir() else Path(lr)
-    if number > 1 and folder == Path(lr):
-        raise UserError(f'{lr}: expected a folder X{scale} in it, since several scales are asked for')
+def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: int,
+               differing: list[int] | None = None) -> Callable[[Path], np.ndarray]:
+    """How to get the LR image of an HR path: by the bicubic, or from a folder of LR images with the same keys.
+
+    `differing` collects, for each LR image read, how many of its bytes are not those of the bicubic.
+    """
+    def shrink(path: Path) -> np.ndarray:
+        return imresize(_crop(read_bgr(path), multiple, path), Fraction(1, scale))
+
+    folder = None if lr is None else Path(lr) / f'X{scale}' if (Path(lr) / f'X{scale}').is_dir() else Path(lr)
+    if folder is not None and folder == Path(lr) and (number > 1 or differing is not None):
+        if not any(Path(lr).glob('X*')):
+            raise UserError(f'{lr}: expected a folder X{scale} in it, since several scales are asked for')
+        folder = None  # LR images for other scales only
+    if folder is None:
+        return shrink
     given = {key.removesuffix(f'x{scale}'): path for key, path in find_images(folder).items()}
     absent = [key for key in images if key not in given]
     if absent:
@@ -89,7 +105,10 @@ def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: i
         if img.shape[0] < h // scale or img.shape[1] < w // scale:
             raise UserError(f'{given[keys[path]]}: is {img.shape[1]}x{img.shape[0]}, expected {w // scale}x'
                             f'{h // scale}, a {scale}th of its HR image')
-        return img[:h // scale, :w // scale]
+        img = img[:h // scale, :w // scale]
+        if differing is not None:
+            differing.append(int((img != shrink(path)).sum()))
+        return img
 
     return read
 

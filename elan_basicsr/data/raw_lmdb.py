@@ -12,8 +12,10 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
+from elan_basicsr.errors import UserError
+
 _HEADER = struct.Struct('<4sIIHH')
-_MAGIC = b'ERAW'
+MAGIC = b'ERAW'
 _TYPES = {1: np.dtype(np.uint8), 2: np.dtype('<u2')}
 META = 'meta_info.txt'
 
@@ -21,7 +23,7 @@ META = 'meta_info.txt'
 def encode(img: np.ndarray) -> bytes:
     """The record of an (H, W, C) image of uint8 or uint16."""
     h, w, c = img.shape
-    return _HEADER.pack(_MAGIC, h, w, c, img.itemsize) + np.ascontiguousarray(img).tobytes()
+    return _HEADER.pack(MAGIC, h, w, c, img.itemsize) + np.ascontiguousarray(img).tobytes()
 
 
 def decode(record) -> np.ndarray:
@@ -30,7 +32,7 @@ def decode(record) -> np.ndarray:
     Raises:
         ValueError: The record is none of ours, or cut off.
     """
-    if len(record) < _HEADER.size or bytes(record[:4]) != _MAGIC:
+    if len(record) < _HEADER.size or bytes(record[:4]) != MAGIC:
         raise ValueError('is no raw image record')
     _, h, w, c, itemsize = _HEADER.unpack_from(record)
     if itemsize not in _TYPES or len(record) != _HEADER.size + h * w * c * itemsize:
@@ -45,7 +47,9 @@ def open_readonly(path: str | Path) -> lmdb.Environment:
     """The LMDB at `path`, opened once in each process, for it refuses to be open twice in one.
 
     Raises:
+        UserError: The LMDB is cut off.
         lmdb.Error: There is no LMDB, or it is damaged.
+        OSError: There is no such file.
     """
     path = os.path.realpath(path)
     file = os.stat(os.path.join(path, 'data.mdb'))
@@ -55,6 +59,10 @@ def open_readonly(path: str | Path) -> lmdb.Environment:
         if environment is not None:  # inherited by a fork, or of a file that has been replaced
             environment.close()
         environment = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+        needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+        if file.st_size < needed:  # reading beyond the end of a memory map kills the process
+            environment.close()
+            raise UserError(f'{path}: is cut off: {file.st_size} of {needed} bytes; build it again')
         _open[path] = identity, environment
     return environment
 

@@ -5,6 +5,7 @@ import os
 import random
 from os import path as osp
 
+import lmdb
 import numpy as np
 import torch
 from basicsr.utils import bgr2ycbcr
@@ -72,8 +73,8 @@ class PairedRawLmdbDataset(Dataset):
     def _image(self, kind: str, key: str) -> np.ndarray:
         """A view of the whole image, (H, W, C), BGR."""
         if self._process != os.getpid():  # a forked worker must not use the parent's
+            self._transactions = {name: self._begin(root) for name, root in self.roots.items()}
             self._process = os.getpid()
-            self._transactions = {name: open_readonly(root).begin(buffers=True) for name, root in self.roots.items()}
         record = self._transactions[kind].get(key.encode())
         if record is None:
             raise UserError(f'{self.roots[kind]}: there is no image {key}; run `basicsr data verify`')
@@ -81,6 +82,13 @@ class PairedRawLmdbDataset(Dataset):
             return decode(record)
         except ValueError as error:
             raise UserError(f'{self.roots[kind]}: image {key}: {error}; run `basicsr data verify`') from None
+
+    @staticmethod
+    def _begin(root: str) -> lmdb.Transaction:
+        try:
+            return open_readonly(root).begin(buffers=True)
+        except lmdb.Error as error:
+            raise UserError(f'{root}: cannot be opened as an LMDB ({error}); build it again') from None
 
     def _cut_patch(self, lq: np.ndarray, gt: np.ndarray, key: str, scale: int) -> tuple[np.ndarray, np.ndarray]:
         size = self.opt['gt_size'] // scale
