@@ -1,7 +1,8 @@
 """An LMDB of whole images, undecoded: the records, and how they are written and read.
 
-A record is a header of 16 bytes (magic, height, width, channels, bytes per value) and the pixels, rows first, colours
-as BGR, as OpenCV decodes them. `meta_info.txt` beside the data lists the keys as the toolbox's LMDBs do.
+A record is a header of 16 bytes (magic, height, width, channels, bytes per value) and the planes of the image, red
+first, so that a patch is a few runs of memory in the order a network wants them. `meta_info.txt` beside the data lists
+the keys as the toolbox's LMDBs do.
 """
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ META = 'meta_info.txt'
 
 
 def encode(img: np.ndarray) -> bytes:
-    """The record of an (H, W, C) image of uint8 or uint16."""
+    """The record of an (H, W, C) image of uint8 or uint16, BGR as OpenCV decodes it."""
     h, w, c = img.shape
-    return _HEADER.pack(MAGIC, h, w, c, img.itemsize) + np.ascontiguousarray(img).tobytes()
+    planes = np.ascontiguousarray(img[..., ::-1].transpose(2, 0, 1))
+    return _HEADER.pack(MAGIC, h, w, c, img.itemsize) + planes.tobytes()
 
 
 def decode(record) -> np.ndarray:
-    """The (H, W, C) image in a record, as a read-only view of its memory.
+    """The planes (C, H, W) of the image in a record, red first, as a read-only view of its memory.
 
     Raises:
         ValueError: The record is none of ours, or cut off.
@@ -37,7 +39,12 @@ def decode(record) -> np.ndarray:
     _, h, w, c, itemsize = _HEADER.unpack_from(record)
     if itemsize not in _TYPES or len(record) != _HEADER.size + h * w * c * itemsize:
         raise ValueError(f'a record of {len(record)} bytes cannot hold {h}x{w}x{c} values of {itemsize} bytes')
-    return np.frombuffer(record, _TYPES[itemsize], offset=_HEADER.size).reshape(h, w, c)
+    return np.frombuffer(record, _TYPES[itemsize], offset=_HEADER.size).reshape(c, h, w)
+
+
+def to_bgr(planes: np.ndarray) -> np.ndarray:
+    """The (H, W, C) BGR image of (C, H, W) planes."""
+    return planes[::-1].transpose(1, 2, 0)
 
 
 _open: dict[str, tuple[tuple, lmdb.Environment]] = {}

@@ -5,6 +5,7 @@ import os
 import random
 from os import path as osp
 
+import cv2
 import lmdb
 import numpy as np
 import torch
@@ -60,18 +61,45 @@ class PairedRawLmdbDataset(Dataset):
         return {**self.__dict__, '_transactions': None, '_process': None}
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        lq, gt = self._planes(index)
+        sample = {name: torch.empty(planes.shape) for name, planes in (('lq', lq), ('gt', gt))}
+        self._convert(lq, sample['lq'])
+        self._convert(gt, sample['gt'])
+        return {name: self._finish(tensor) for name, tensor in sample.items()} | self._paths(index)
+
+    def fill(self, index: int, lq: Tensor, gt: Tensor) -> dict[str, str]:
+        """Write training sample `index` into `lq` and `gt`, (C, h, w) float32, and return its paths.
+
+        For a whole batch this saves stacking its samples, which costs as much as making them.
+        """
+        for planes, out in zip(self._planes(index), (lq, gt), strict=True):
+            self._convert(planes, out)
+        return self._paths(index)
+
+    @property
+    def batch_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shapes of LQ and GT training samples that `fill` can write; None where samples need more work or differ."""
+        plain = all(self.opt.get(key) is None for key in ('color', 'mean', 'std'))
+        if self.opt['phase'] != 'train' or not plain:
+            return None
+        size = self.opt['gt_size'] // self.opt['scale']
+        channels = self._image('gt', self.keys[0]).shape[0]
+        return (channels, size, size), (channels, size * self.opt['scale'], size * self.opt['scale'])
+
+    def _paths(self, index: int) -> dict[str, str]:
+        return {'lq_path': self.keys[index], 'gt_path': self.keys[index]}
+
+    def _planes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """LQ and GT planes, cut and augmented where the phase is `train`."""
         key = self.keys[index]
         lq, gt = self._image('lq', key), self._image('gt', key)
         scale = self.opt['scale']
         if self.opt['phase'] == 'train':
-            lq, gt = self._cut_patch(lq, gt, key, scale)
-        else:
-            gt = gt[:lq.shape[0] * scale, :lq.shape[1] * scale]
-        lq, gt = self._to_tensor(lq), self._to_tensor(gt)
-        return {'lq': lq, 'gt': gt, 'lq_path': key, 'gt_path': key}
+            return self._cut_patch(lq, gt, key, scale)
+        return lq, gt[:, :lq.shape[1] * scale, :lq.shape[2] * scale]
 
     def _image(self, kind: str, key: str) -> np.ndarray:
-        """A view of the whole image, (H, W, C), BGR."""
+        """A view of the whole image, (C, H, W), RGB."""
         if self._process != os.getpid():  # a forked worker must not use the parent's
             self._transactions = {name: self._begin(root) for name, root in self.roots.items()}
             self._process = os.getpid()
@@ -92,40 +120,50 @@ class PairedRawLmdbDataset(Dataset):
 
     def _cut_patch(self, lq: np.ndarray, gt: np.ndarray, key: str, scale: int) -> tuple[np.ndarray, np.ndarray]:
         size = self.opt['gt_size'] // scale
-        h, w = lq.shape[:2]
-        if gt.shape[:2] != (h * scale, w * scale):
-            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[1]}x{gt.shape[0]}, expected {w * scale}x'
+        h, w = lq.shape[1:]
+        if gt.shape[1:] != (h * scale, w * scale):
+            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, expected {w * scale}x'
                             f'{h * scale}: {scale} times its LQ image')
         if h < size or w < size:
-            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[1]}x{gt.shape[0]}, smaller than gt_size '
+            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, smaller than gt_size '
                             f'{self.opt["gt_size"]}; leave it out or take smaller patches')
         top, left = random.randint(0, h - size), random.randint(0, w - size)
-        lq = lq[top:top + size, left:left + size]
-        gt = gt[top * scale:(top + size) * scale, left * scale:(left + size) * scale]
+        lq = lq[:, top:top + size, left:left + size]
+        gt = gt[:, top * scale:(top + size) * scale, left * scale:(left + size) * scale]
         flip_h = self.opt.get('use_hflip') and random.random() < 0.5
         flip_v = self.opt.get('use_rot') and random.random() < 0.5
         transpose = self.opt.get('use_rot') and random.random() < 0.5
         return tuple(_augment(patch, flip_h, flip_v, transpose) for patch in (lq, gt))
 
-    def _to_tensor(self, img: np.ndarray) -> Tensor:
-        """(H, W, C) BGR to (C, H, W) RGB in 0..1, or to one channel of Y."""
-        largest = np.iinfo(img.dtype).max
-        if self.opt.get('color') == 'y':
-            y = bgr2ycbcr(np.float32(img) / largest, y_only=True)
-            tensor = torch.from_numpy(np.ascontiguousarray(y))[None]
+    @staticmethod
+    def _convert(planes: np.ndarray, out: Tensor) -> None:
+        """Write integer planes into `out` as floats of 0..1, as exactly as the toolbox does."""
+        if planes.dtype == np.uint16:
+            planes = planes.astype(np.int32)
+            torch.div(torch.from_numpy(planes), 65535, out=out)
         else:
-            planes = np.ascontiguousarray(img.transpose(2, 0, 1)[::-1])
-            if planes.dtype == np.uint16:
-                planes = planes.astype(np.int32)
-            tensor = torch.from_numpy(planes).float().div_(largest)
+            torch.div(torch.from_numpy(np.require(planes, None, ['C', 'W'])), 255, out=out)
+
+    def _finish(self, rgb: Tensor) -> Tensor:
+        """The toolbox's options on colour and normalization, for one (C, H, W) image."""
+        if self.opt.get('color') == 'y':
+            bgr = np.ascontiguousarray(rgb.numpy()[::-1].transpose(1, 2, 0))
+            rgb = torch.from_numpy(np.ascontiguousarray(bgr2ycbcr(bgr, y_only=True)))[None]
         if self.opt.get('mean') is not None or self.opt.get('std') is not None:
-            normalize(tensor, self.opt['mean'], self.opt['std'], inplace=True)
-        return tensor
+            normalize(rgb, self.opt['mean'], self.opt['std'], inplace=True)
+        return rgb
 
 
-def _augment(patch: np.ndarray, flip_h: bool, flip_v: bool, transpose: bool) -> np.ndarray:
-    if flip_h:
-        patch = patch[:, ::-1]
+def _augment(planes: np.ndarray, flip_h: bool, flip_v: bool, transpose: bool) -> np.ndarray:
+    """Flip and transpose (C, H, W) planes; OpenCV does it many times faster than copying a strided view."""
     if flip_v:
-        patch = patch[::-1]
-    return patch.transpose(1, 0, 2) if transpose else patch
+        planes = planes[:, ::-1]  # whole rows in another order
+    if not (flip_h or transpose):
+        return planes
+    out = np.empty((planes.shape[0], *(planes.shape[:0:-1] if transpose else planes.shape[1:])), planes.dtype)
+    for plane, target in zip(planes, out, strict=True):
+        plane = np.ascontiguousarray(plane)
+        if flip_h:
+            plane = cv2.flip(plane, 1)
+        target[...] = cv2.transpose(plane) if transpose else plane
+    return out

@@ -8,6 +8,7 @@ processes share a step (MosaicML's Streaming calls that elastic determinism).
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 
 def mix_seed(*numbers: int) -> int:
@@ -62,8 +63,33 @@ class SeededDataset(Dataset):
         with seeded(seed):
             return self.dataset[index]
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list | dict:
+        """A batch: its samples, or at once the batch if the dataset can write into one."""
+        shapes = getattr(self.dataset, 'batch_shapes', None)
+        if shapes is None:
+            return [self[key] for key in keys]
+        batch = {name: _new_batch(len(keys), shape) for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
+        rows = []
+        for (index, seed), lq, gt in zip(keys, batch['lq'], batch['gt'], strict=True):
+            with seeded(seed):
+                rows.append(self.dataset.fill(index, lq, gt))
+        return batch | {name: [row[name] for row in rows] for name in rows[0]}
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+def _new_batch(number: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """An empty batch; in a loader worker in shared memory, from where the main process reads it."""
+    if get_worker_info() is None:
+        return torch.empty((number, *shape))
+    values = number * math.prod(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(values * 4), 0, (number, *shape))
+
+
+def collate(samples: list | dict):
+    """torch's collation, for what is not a batch already."""
+    return samples if isinstance(samples, dict) else default_collate(samples)
 
 
 class StreamSampler(Sampler):

@@ -84,7 +84,7 @@ def _lmdb_readers(path: Path, collection: Collection) -> Iterator[tuple]:
 def _decode(record) -> np.ndarray:
     """The image in a record, raw or encoded; a copy, since the record's memory is lent."""
     if bytes(record[:4]) == raw_lmdb.MAGIC:
-        return raw_lmdb.decode(record).copy()
+        return raw_lmdb.to_bgr(raw_lmdb.decode(record)).copy()
     data = np.frombuffer(record, np.uint8)
     img = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if img is None or cut_off(data):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, mix_seed, seed_all
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
@@ -109,6 +109,7 @@ class Training:
         sampler = StreamSampler(len(train_set), self.batch_size, opt['manual_seed'], opt['rank'], opt['world_size'],
                                 start=self.samples)
         return DataLoader(SeededDataset(train_set), batch_size=self.batch_size, sampler=sampler, num_workers=workers,
+                          collate_fn=collate,
                           pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
 
     @property

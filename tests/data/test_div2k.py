@@ -23,6 +23,11 @@ def image(number):
     return cv2.resize(noise, (72, 48), interpolation=cv2.INTER_CUBIC)
 
 
+def stored(transaction, key):
+    """The BGR image under a key of a raw LMDB."""
+    return raw_lmdb.to_bgr(raw_lmdb.decode(transaction.get(key.encode())))
+
+
 def archive(folder, names):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w') as file:
@@ -109,7 +114,7 @@ def test_hr_alone_is_enough(server, archives, tmp_path):
         (tmp_path / f'DIV2K_{split}_HR.zip').write_bytes(archives[f'DIV2K_{split}_HR.zip'])
     paths = div2k.prepare_div2k(root=tmp_path, scales=[3])
     with raw_lmdb.open_readonly(paths[1]).begin(buffers=True) as transaction:
-        assert np.array_equal(raw_lmdb.decode(transaction.get(b'0003')), imresize(image(3), Fraction(1, 3)))
+        assert np.array_equal(stored(transaction, '0003'), imresize(image(3), Fraction(1, 3)))
 
 
 @pytest.mark.parametrize('arguments, expected', [

@@ -18,6 +18,11 @@ from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import UserError
 
 
+def stored(transaction, key):
+    """The BGR image under a key of a raw LMDB."""
+    return raw_lmdb.to_bgr(raw_lmdb.decode(transaction.get(key.encode())))
+
+
 def digest(path):
     return hashlib.sha256((path / 'data.mdb').read_bytes() + (path / raw_lmdb.META).read_bytes()).hexdigest()
 
@@ -46,7 +51,7 @@ def test_images_of_every_kind_are_stored_as_they_are(photographs, tmp_path):
                 hr = read_bgr(source)
                 hr = hr[:hr.shape[0] // 6 * 6, :hr.shape[1] // 6 * 6]
                 expected = hr if scale == 1 else imresize(hr, 1 / scale)
-                assert np.array_equal(raw_lmdb.decode(transaction.get(key.encode())), expected), (key, scale)
+                assert np.array_equal(stored(transaction, key), expected), (key, scale)
     assert len({img.dtype for img in map(read_bgr, images.values())}) == 2
 
 
@@ -93,9 +98,9 @@ def test_lr_images_given_are_used(photographs, tmp_path):
     _, lr = build(hr=photographs, lr=tmp_path / 'lr', out=tmp_path / 'out', scales=[2])
     key, path = next(iter(find_images(photographs).items()))
     with raw_lmdb.open_readonly(lr).begin(buffers=True) as transaction:
-        stored = raw_lmdb.decode(transaction.get(key.encode()))
+        lr_image = stored(transaction, key)
     hr = read_bgr(path)
-    assert np.array_equal(stored, (255 - hr)[:hr.shape[0] // 2, :hr.shape[1] // 2])
+    assert np.array_equal(lr_image, (255 - hr)[:hr.shape[0] // 2, :hr.shape[1] // 2])
 
 
 def test_bad_input_gives_one_line_that_names_it(photographs, tmp_path):
