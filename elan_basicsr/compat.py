@@ -51,6 +51,7 @@ def jpeg_quality() -> bool:
     Upstream: https://github.com/XPixelGroup/BasicSR/issues/578. The fraction is dropped, as older versions did.
     """
     import numpy as np
+
     from basicsr.data import degradations
     upstream = degradations.add_jpg_compression
     import cv2
@@ -76,6 +77,7 @@ def safe_yaml() -> bool:
     from collections import OrderedDict
 
     import yaml
+
     from basicsr.utils import options
 
     def ordered_yaml():
@@ -131,8 +133,9 @@ def resume_without_gpu() -> bool:
 
     Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107.
     """
-    import basicsr.train
     import torch
+
+    import basicsr.train
     upstream = basicsr.train.load_resume_state
 
     @functools.wraps(upstream)
@@ -160,6 +163,7 @@ def ddp_without_gpu() -> bool:
     Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107.
     """
     import torch
+
     from basicsr.models.base_model import BaseModel
     upstream = BaseModel.model_to_device
 
@@ -181,6 +185,7 @@ def process_group_without_gpu() -> bool:
     starts with gloo from the variables torchrun sets, or from SLURM's with MASTER_ADDR.
     """
     import torch
+
     from basicsr.utils import dist_util, options
     upstream = dist_util.init_dist
 

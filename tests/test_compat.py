@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr.utils import options as upstream
 
 from elan_basicsr import compat
 from elan_basicsr.cli import main
+
+from basicsr.utils import options as upstream
 
 
 def test_each_repair_says_what_breaks_and_where_it_was_reported():

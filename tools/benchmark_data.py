@@ -18,7 +18,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from basicsr.data import build_dataset
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -26,6 +25,8 @@ from torch.utils.data import DataLoader
 import elan_basicsr  # noqa: F401, registers the datasets
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate
+
+from basicsr.data import build_dataset
 
 REQUIRED_RATIO = 30
 TURNS = 5

@@ -16,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import skimage.data
-from basicsr.metrics import calculate_psnr, calculate_ssim
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,8 @@ from elan_basicsr.data.resize import imresize
 from elan_basicsr.engine.test import test
 from elan_basicsr.engine.train import train
 from elan_basicsr.errors import UserError
+
+from basicsr.metrics import calculate_psnr, calculate_ssim
 
 OPTIONS = 'options/demo_ELAN_light_x2.yml'
 SCALE = 2

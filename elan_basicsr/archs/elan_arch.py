@@ -11,9 +11,10 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from basicsr.utils.registry import ARCH_REGISTRY
 
 NUM_SHIFT_GROUPS = 5
 

@@ -9,14 +9,15 @@ import cv2
 import lmdb
 import numpy as np
 import torch
-from basicsr.utils import bgr2ycbcr
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import normalize
 
 from elan_basicsr.data.raw_lmdb import decode, open_readonly, read_keys
 from elan_basicsr.errors import UserError
+
+from basicsr.utils import bgr2ycbcr
+from basicsr.utils.registry import DATASET_REGISTRY
 
 
 @DATASET_REGISTRY.register()

@@ -5,9 +5,10 @@ import platform
 from importlib import metadata
 
 import torch
-from basicsr.utils import registry
 
 from elan_basicsr import compat
+
+from basicsr.utils import registry
 
 PACKAGES = ('elan-basicsr', 'basicsr', 'torch', 'torchvision', 'numpy', 'scipy', 'opencv-python', 'mmengine', 'lmdb',
             'safetensors', 'tb-nightly')

@@ -6,6 +6,7 @@ import threading
 
 import torch
 import torch.distributed as dist
+
 from basicsr.utils.dist_util import get_dist_info
 
 EXIT_STOPPED = 75

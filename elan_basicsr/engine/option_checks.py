@@ -6,12 +6,6 @@ from __future__ import annotations
 
 from os import path as osp
 
-from basicsr.models.base_model import BaseModel
-from basicsr.models.srgan_model import SRGANModel
-from basicsr.models.stylegan2_model import StyleGAN2Model
-from basicsr.models.swinir_model import SwinIRModel
-from basicsr.utils import registry
-
 from elan_basicsr.engine.option_keys import (
     DATASET_KEYS,
     KEYS,
@@ -33,6 +27,12 @@ from elan_basicsr.engine.option_parts import (
     check_scheduler,
 )
 from elan_basicsr.engine.option_reader import Source, nearest
+
+from basicsr.models.base_model import BaseModel
+from basicsr.models.srgan_model import SRGANModel
+from basicsr.models.stylegan2_model import StyleGAN2Model
+from basicsr.models.swinir_model import SwinIRModel
+from basicsr.utils import registry
 
 BENCHMARKS = ('Set5', 'Set14', 'B100', 'BSD100', 'Urban100', 'Manga109')
 LAYOUTS = (('_raw.lmdb', 'a raw LMDB', 'PairedRawLmdbDataset'),

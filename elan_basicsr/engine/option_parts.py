@@ -13,14 +13,15 @@ from collections.abc import Iterable, Iterator
 from os import path as osp
 
 import torch
-from basicsr.models import lr_scheduler
-from basicsr.utils import registry
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from elan_basicsr.engine.option_keys import is_int
 from elan_basicsr.engine.option_reader import Source, nearest
+
+from basicsr.models import lr_scheduler
+from basicsr.utils import registry
 
 SCHEDULERS = ('MultiStepLR', 'MultiStepRestartLR', 'CosineAnnealingRestartLR')
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients: no training loop here does either.

@@ -5,10 +5,10 @@ import re
 from os import path as osp
 from pathlib import Path
 
-from basicsr.utils.misc import check_resume
-
 from elan_basicsr.checkpoint import damage, read_training_state
 from elan_basicsr.errors import UserError
+
+from basicsr.utils.misc import check_resume
 
 
 def find_resume_state(opt: dict, notices: list[str]) -> dict | None:

@@ -1,6 +1,7 @@
 """What training and testing share: the run's folders, its logger, its seeds, its datasets."""
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -10,14 +11,15 @@ from os import path as osp
 
 import torch
 import torch.distributed as dist
-from basicsr.data import build_dataset
-from basicsr.utils import get_env_info, get_root_logger, get_time_str
-from basicsr.utils.logger import initialized_logger
-from basicsr.utils.options import dict2str
 from torch.utils.data import DataLoader, Dataset
 
 from elan_basicsr.engine.launch import Processes
 from elan_basicsr.errors import UserError
+
+from basicsr.data import build_dataset
+from basicsr.utils import get_env_info, get_root_logger, get_time_str
+from basicsr.utils.logger import initialized_logger
+from basicsr.utils.options import dict2str
 
 
 def join_run(opt: dict, processes: Processes) -> None:
@@ -48,7 +50,9 @@ def open_log(opt: dict, kind: str) -> logging.Logger:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    log_file = osp.join(opt['path']['log'], f'{kind}_{opt["name"]}_{get_time_str()}.log')
+    stem = osp.join(opt['path']['log'], f'{kind}_{opt["name"]}_{get_time_str()}')
+    log_file = next(name for number in itertools.count()  # a run resumed within the second keeps the log before
+                    if not osp.exists(name := f'{stem}_{number}.log' if number else f'{stem}.log'))
     logger = get_root_logger(logger_name='basicsr', log_level=logging.INFO, log_file=log_file)
     to_terminal, file_handlers = logger.handlers[0], logger.handlers[1:]
     to_terminal.setFormatter(logging.Formatter('%(asctime)s %(message)s', datefmt='%H:%M:%S'))

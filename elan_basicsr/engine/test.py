@@ -1,13 +1,13 @@
 """`basicsr test`: restore the images of every test set with a trained network, and measure them."""
 from __future__ import annotations
 
-from basicsr.models import build_model
-from basicsr.utils import make_exp_dirs
-
 from elan_basicsr.data.sampling import seed_all
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.run import build_validation_loaders, join_run, open_log, set_backends
+
+from basicsr.models import build_model
+from basicsr.utils import make_exp_dirs
 
 
 def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = None, root: str | None = None) -> int:

@@ -11,11 +11,6 @@ import time
 from collections.abc import Iterator
 from os import path as osp
 
-from basicsr.data.prefetch_dataloader import CUDAPrefetcher
-from basicsr.models import build_model
-from basicsr.train import init_tb_loggers
-from basicsr.utils import AvgTimer, MessageLogger, make_exp_dirs, mkdir_and_rename
-from basicsr.utils.options import copy_opt_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -33,6 +28,12 @@ from elan_basicsr.engine.run import (
     open_log,
     set_backends,
 )
+
+from basicsr.data.prefetch_dataloader import CUDAPrefetcher
+from basicsr.models import build_model
+from basicsr.train import init_tb_loggers
+from basicsr.utils import AvgTimer, MessageLogger, make_exp_dirs, mkdir_and_rename
+from basicsr.utils.options import copy_opt_file
 
 
 def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = None, auto_resume: bool = False,

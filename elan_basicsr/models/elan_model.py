@@ -7,10 +7,6 @@ from os import path as osp
 
 import torch
 import torch.distributed as dist
-from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger
-from basicsr.utils.dist_util import get_dist_info, master_only
-from basicsr.utils.registry import MODEL_REGISTRY
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -20,6 +16,11 @@ from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import load_into, save_atomic
 from elan_basicsr.errors import UserError
 from elan_basicsr.models.validation import validate
+
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import get_dist_info, master_only
+from basicsr.utils.registry import MODEL_REGISTRY
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 from os import path as osp
 
 import torch.distributed as dist
-from basicsr.metrics import calculate_metric
-from basicsr.utils import imwrite, tensor2img
-from basicsr.utils.dist_util import get_dist_info
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from elan_basicsr.errors import UserError
+
+from basicsr.metrics import calculate_metric
+from basicsr.utils import imwrite, tensor2img
+from basicsr.utils.dist_util import get_dist_info
 
 
 def validate(model, dataset, current_iter: int | str, save_img: bool) -> dict[str, float]:

@@ -9,13 +9,14 @@ import time
 import cv2
 import numpy as np
 import pytest
-from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from elan_basicsr.data import raw_lmdb
 from elan_basicsr.data.images import find_images, read_bgr
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import UserError
+
+from basicsr.data.paired_image_dataset import PairedImageDataset
 
 
 def stored(transaction, key):

@@ -6,13 +6,14 @@ import shutil
 import cv2
 import pytest
 import torch
-from basicsr.data.paired_image_dataset import PairedImageDataset
 from torch.utils.data import DataLoader
 
 from elan_basicsr.data.images import read_bgr
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
 from elan_basicsr.errors import UserError
+
+from basicsr.data.paired_image_dataset import PairedImageDataset
 
 
 @pytest.fixture

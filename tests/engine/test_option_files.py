@@ -8,12 +8,13 @@ import elan_basicsr  # noqa: F401 - basicsr does not import without it
 # isort: split
 import pytest
 import yaml
-from basicsr.utils.options import ordered_yaml
-from basicsr.utils.registry import DATASET_REGISTRY
 
 from elan_basicsr.engine.option_reader import read_yaml
 from elan_basicsr.engine.options import load_options
 from elan_basicsr.errors import UserError
+
+from basicsr.utils.options import ordered_yaml
+from basicsr.utils.registry import DATASET_REGISTRY
 
 OPTIONS = Path(__file__).parents[2] / 'options'
 SHIPPED = sorted(OPTIONS.rglob('*.yml'))

@@ -4,12 +4,13 @@ import copy
 import pytest
 import torch
 import yaml
-from basicsr.models import build_model
-from basicsr.models.sr_model import SRModel
 
 from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders
 from elan_basicsr.errors import UserError
+
+from basicsr.models import build_model
+from basicsr.models.sr_model import SRModel
 
 
 @pytest.fixture
