@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 import elan_basicsr  # noqa: F401, registers the datasets
 from elan_basicsr.data.prepare import build
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, to_float
 
 from basicsr.data import build_dataset
 
@@ -72,10 +72,10 @@ def patches_per_second(dataset, workers: int, batch: int, seconds: float) -> flo
                         sampler=StreamSampler(len(dataset), batch, seed=0))
     batches = iter(loader)
     for _ in range(2 + 2 * workers):
-        next(batches)
+        to_float(next(batches))
     number, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        next(batches)
+        to_float(next(batches))  # as training does: floats of 0..1, whatever travelled from the workers
         number += batch
     return number / (time.perf_counter() - begin)
 

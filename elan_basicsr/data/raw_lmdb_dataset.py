@@ -69,12 +69,15 @@ class PairedRawLmdbDataset(Dataset):
         return {name: self._finish(tensor) for name, tensor in sample.items()} | self._paths(index)
 
     def fill(self, index: int, lq: Tensor, gt: Tensor) -> dict[str, str]:
-        """Write training sample `index` into `lq` and `gt`, (C, h, w) float32, and return its paths.
+        """Write training sample `index` into `lq` and `gt`, (C, h, w) float32 or uint8, and return its paths.
 
         For a whole batch this saves stacking its samples, which costs as much as making them.
         """
         for planes, out in zip(self._planes(index), (lq, gt), strict=True):
-            self._convert(planes, out)
+            if out.dtype == torch.uint8:
+                out.numpy()[...] = planes
+            else:
+                self._convert(planes, out)
         return self._paths(index)
 
     @property
@@ -83,8 +86,10 @@ class PairedRawLmdbDataset(Dataset):
         plain = all(self.opt.get(key) is None for key in ('color', 'mean', 'std'))
         if self.opt['phase'] != 'train' or not plain:
             return None
-        size = self.opt['gt_size'] // self.opt['scale']
-        channels = self._image('gt', self.keys[0]).shape[0]
+        first = self._image('gt', self.keys[0])
+        if first.dtype != np.uint8:
+            return None
+        size, channels = self.opt['gt_size'] // self.opt['scale'], first.shape[0]
         return (channels, size, size), (channels, size * self.opt['scale'], size * self.opt['scale'])
 
     def _paths(self, index: int) -> dict[str, str]:

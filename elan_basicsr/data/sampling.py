@@ -35,14 +35,12 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside; in the main process the generators go on afterwards as if nothing had happened."""
+def generators_kept() -> Iterator[None]:
+    """Seed and draw at will inside; in the main process the generators then go on as if nothing had happened."""
     if get_worker_info() is not None:  # a loader worker draws for nobody but its samples
-        seed_all(seed)
         yield
         return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_all(seed)
     try:
         yield
     finally:
@@ -60,7 +58,8 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
-        with seeded(seed):
+        with generators_kept():
+            seed_all(seed)
             return self.dataset[index]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list | dict:
@@ -70,8 +69,9 @@ class SeededDataset(Dataset):
             return [self[key] for key in keys]
         batch = {name: _new_batch(len(keys), shape) for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
         rows = []
-        for (index, seed), lq, gt in zip(keys, batch['lq'], batch['gt'], strict=True):
-            with seeded(seed):
+        with generators_kept():
+            for (index, seed), lq, gt in zip(keys, batch['lq'], batch['gt'], strict=True):
+                seed_all(seed)
                 rows.append(self.dataset.fill(index, lq, gt))
         return batch | {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -80,11 +80,18 @@ class SeededDataset(Dataset):
 
 
 def _new_batch(number: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """An empty batch; in a loader worker in shared memory, from where the main process reads it."""
+    """An empty batch: floats, or in a loader worker bytes in shared memory, a quarter of what has to travel."""
     if get_worker_info() is None:
         return torch.empty((number, *shape))
-    values = number * math.prod(shape)
-    return torch.empty(0).set_(torch.UntypedStorage._new_shared(values * 4), 0, (number, *shape))
+    storage = torch.UntypedStorage._new_shared(number * math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (number, *shape))
+
+
+def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
+    """A batch as the toolbox's datasets give it: images that came as bytes become floats of 0..1 on `device`."""
+    return {name: torch.div(value.to(device, non_blocking=True), 255)
+            if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
+            for name, value in batch.items()}
 
 
 def collate(samples: list | dict):

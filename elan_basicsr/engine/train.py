@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Iterator
 from os import path as osp
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, mix_seed, seed_all
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, mix_seed, seed_all, to_float
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
@@ -80,6 +81,15 @@ def open_run(opt: dict, opt_path: str) -> dict | None:
         import torch.distributed as dist
         dist.barrier()  # the folders stand before anyone logs into them
     return resume_state
+
+
+def delete_old_checkpoints(opt: dict, keep: int) -> None:
+    """Leave the newest `keep` pairs of training state and networks; `latest` and `best` are not touched."""
+    states = [path for path in Path(opt['path']['training_states']).glob('*.state') if path.stem.isdigit()]
+    for state in sorted(states, key=lambda path: int(path.stem))[:-keep]:
+        state.unlink()  # first, so that no state is left without its networks
+        for network in Path(opt['path']['models']).glob(f'net_*_{state.stem}.pth'):
+            network.unlink()
 
 
 class Training:
@@ -155,7 +165,7 @@ class Training:
             batches = iter(prefetcher.next, None)
         while self.iteration < self.total:
             data_timer.start()
-            data = next(batches)
+            data = to_float(next(batches), self.model.device)
             data_timer.record()
             iter_timer.start()
             self.iteration += 1
@@ -180,6 +190,8 @@ class Training:
         self.logger.info('Saving models and training states.')
         self.model.progress = {'samples': self.samples}
         self.model.save(self.epoch, self.iteration)
+        if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
+            delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])
 
     def validate(self) -> None:
         for loader in self.validation:

@@ -194,8 +194,37 @@ class ELANModel(SRModel):
         for metric, value in self.metric_results.items():
             self._update_best_metric_result(name, metric, value, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
+        self._save_best(name, current_iter)
+
+    def _log_validation_metric_values(self, current_iter, dataset_name, tb_logger):
+        """Upstream's line, without a best value where a test has no other to compare with."""
+        if self.is_train:
+            super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
+            return
+        figures = ''.join(f'\n\t # {metric}: {value:.4f}' for metric, value in self.metric_results.items())
+        get_root_logger().info(f'Validation {dataset_name}{figures}')
+
+    def _save_best(self, dataset_name: str, current_iter: int) -> None:
+        """Keep the network as `net_g_best.pth` when the metric `val.save_best` of the first set is the best so far."""
+        metric = self.opt['val'].get('save_best')
+        first = next((dataset['name'] for dataset in self.opt['datasets'].values() if dataset['phase'] == 'val'), None)
+        if not metric or not self.is_train or dataset_name != first:
+            return
+        if self.best_metric_results[dataset_name][metric]['iter'] == current_iter:
+            self._save_networks('best')
+            get_root_logger().info(f'Best {metric} on {dataset_name}: saved as net_g_best.pth')
 
     # ------------------------------------------------------------------ saving and resuming
+
+    def save(self, epoch, current_iter):
+        self._save_networks(current_iter)
+        self.save_training_state(epoch, current_iter)
+
+    def _save_networks(self, label: int | str) -> None:
+        if hasattr(self, 'net_g_ema'):
+            self.save_network([self.net_g, self.net_g_ema], 'net_g', label, param_key=['params', 'params_ema'])
+        else:
+            self.save_network(self.net_g, 'net_g', label)
 
     @master_only
     def save_network(self, net, net_label, current_iter, param_key='params'):

@@ -1,4 +1,5 @@
 """PairedRawLmdbDataset gives what PairedImageDataset gives, from any process, or says what is wrong."""
+import itertools
 import pickle
 import random
 import shutil
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from elan_basicsr.data.images import read_bgr
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, to_float
 from elan_basicsr.errors import UserError
 
 from basicsr.data.paired_image_dataset import PairedImageDataset
@@ -54,6 +56,19 @@ def test_workers_forked_or_spawned_read_the_same(opt, context):
     loader = DataLoader(dataset, num_workers=2, multiprocessing_context=context, sampler=[0, 1])
     assert all(torch.equal(batch['gt'][0], gt) for batch, gt in zip(loader, expected, strict=True))
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[1]['gt'], expected[1])
+
+
+def test_batches_are_their_samples_with_any_number_of_workers(opt):
+    dataset = SeededDataset(PairedRawLmdbDataset(opt))
+    sampler = StreamSampler(len(dataset), batch_size=3, seed=1)
+    expected = [dataset[key] for key in itertools.islice(sampler, 9)]
+    for workers in (0, 2):
+        loader = DataLoader(dataset, batch_size=3, sampler=sampler, num_workers=workers, collate_fn=collate)
+        for step, batch in enumerate(map(to_float, itertools.islice(loader, 3))):
+            samples = expected[3 * step:3 * step + 3]
+            for name in ('lq', 'gt'):
+                assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples])), (workers, name)
+            assert batch['lq_path'] == [sample['lq_path'] for sample in samples]
 
 
 def test_key_lists_that_differ_are_named(data, opt, tmp_path):

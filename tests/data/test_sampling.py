@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, mix_seed, seeded
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, generators_kept, mix_seed, seed_all
 
 
 class Numbers(Dataset):
@@ -54,7 +54,8 @@ def test_the_main_process_draws_on_as_if_nothing_had_happened():
     expected = torch.rand(2)
     torch.manual_seed(0)
     first = torch.rand(1)
-    with seeded(7):
+    with generators_kept():
+        seed_all(7)
         torch.rand(5), random.random(), np.random.rand()
     assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
 

@@ -140,6 +140,21 @@ def test_resuming_with_another_batch_goes_on_in_the_stream(options):
     assert state['samples'] == 8 * 4 + 4 * 2
 
 
+def test_old_checkpoints_go_and_the_best_stays(options):
+    options['logger'].update(save_checkpoint_freq=1, keep_last=2)
+    options['val'].update(val_freq=2, save_best='ssim')
+    assert main(['train', '-opt', write(options)]) == 0
+    assert {path.stem for path in Path('experiments/run/training_states').iterdir()} == {'7', '8'}
+    models = {path.stem for path in Path('experiments/run/models').iterdir()}
+    assert models == {'net_g_7', 'net_g_8', 'net_g_latest', 'net_g_best'}
+    state = torch.load('experiments/run/training_states/8.state', weights_only=True)
+    best = state['best_metric_results']['three']['ssim']
+    options.update(path={'pretrain_network_g': 'experiments/run/models/net_g_best.pth', 'param_key_g': 'params_ema'})
+    assert main(['test', '-opt', write(options)]) == 0
+    log = next(Path('results/run').glob('*.log')).read_text()
+    assert f'ssim: {best["val"]:.4f}' in log
+
+
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(options, monkeypatch, capfd):
     import os
     file = write(options)
