@@ -116,14 +116,21 @@ def _add_data_build(commands) -> None:
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the LMDBs')
     parser.add_argument('--scales', required=True, nargs='+', type=int, metavar='N', help='scales of the LR images')
     _add_layout(parser)
+    _add_blur(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.data.prepare import build
-        for path in build(hr=args.hr, lr=args.lr, out=args.out, scales=args.scales, layout=args.layout):
+        for path in build(hr=args.hr, lr=args.lr, out=args.out, scales=args.scales, layout=args.layout,
+                          blur=args.blur):
             print(path)
         return 0
 
     parser.set_defaults(call=call)
+
+
+def _add_blur(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--blur', type=float, metavar='SIGMA',
+                        help='a Gaussian before the bicubic; 1.6 makes the degradation BD')
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -156,10 +163,12 @@ def _add_data_benchmark(commands) -> None:
     parser.add_argument('sources', nargs='+', metavar='SOURCE', help='folders or archives with Set5/HR, Set14/HR, …')
     parser.add_argument('--root', default='datasets', metavar='DIR', help='folder of the sets (default: datasets)')
     parser.add_argument('--scales', nargs='+', type=int, default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+    _add_blur(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.data.benchmarks import lay_out_benchmarks
-        for name, number in lay_out_benchmarks(args.sources, root=args.root, scales=args.scales).items():
+        for name, number in lay_out_benchmarks(args.sources, root=args.root, scales=args.scales,
+                                               blur=args.blur).items():
             print(f'{args.root}/{name}: {number} images')
         return 0
 

@@ -69,6 +69,32 @@ def jpeg_quality() -> bool:
     return True
 
 
+def filter2d_layout() -> bool:
+    """`filter2D` views its padded input as another shape, which fails where padding keeps a channels-last layout.
+
+    No upstream report. DiffJPEG gives images in that layout; the replacement hands them over contiguous.
+    """
+    import torch
+
+    from basicsr.models import realesrgan_model, realesrnet_model
+    from basicsr.utils import img_process_util
+    upstream = img_process_util.filter2D
+    channels_last = torch.zeros(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    try:
+        upstream(channels_last, torch.ones(2, 3, 3))
+        return False
+    except RuntimeError:
+        pass
+
+    @functools.wraps(upstream)
+    def filter2D(img, kernel):
+        return upstream(img.contiguous(), kernel)
+
+    for module in (img_process_util, realesrnet_model, realesrgan_model):
+        module.filter2D = filter2D
+    return True
+
+
 def safe_yaml() -> bool:
     """`parse_options` reads option files with PyYAML's full `CLoader`, which runs code that a python tag names.
 
@@ -203,7 +229,7 @@ def process_group_without_gpu() -> bool:
     return True
 
 
-REPAIRS = (functional_tensor, ndimage_filters, jpeg_quality, safe_yaml, force_yml, resume_without_gpu,
+REPAIRS = (functional_tensor, ndimage_filters, jpeg_quality, filter2d_layout, safe_yaml, force_yml, resume_without_gpu,
            ddp_without_gpu, process_group_without_gpu)
 applied: dict[str, bool] = {}
 

@@ -5,13 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
 import cv2
 
 from elan_basicsr.data.images import find_images, read_bgr
-from elan_basicsr.data.resize import imresize
+from elan_basicsr.data.prepare import degrade
 from elan_basicsr.errors import UserError
 
 # What the sets are called in the archives that go around.
@@ -22,8 +21,9 @@ MULTIPLE = 12  # of 2, 3 and 4: one ground truth for all scales, as the toolbox 
 
 
 def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.PathLike = 'datasets',
-                       scales: Iterable[int] = (2, 3, 4)) -> dict[str, int]:
-    """Make `ROOT/SET/GTmod12` and `ROOT/SET/LRbicxN` of every benchmark found in folders and archives.
+                       scales: Iterable[int] = (2, 3, 4),
+                       blur: float | None = None) -> dict[str, int]:
+    """Make `ROOT/SET/GTmod12` and `ROOT/SET/LRbicxN` (`LRBDxN` with blur) of every benchmark found in the sources.
 
     The LR images are made by MATLAB's bicubic from HR images cropped to a multiple of 12.
 
@@ -31,6 +31,7 @@ def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.P
         sources: Folders, or archives (zip, tar), that hold `Set5/HR`, `Set5/GTmod12`, `Set5/image_SRF_4` or `Set5`.
         root: Folder of the sets; a set that is there is left alone.
         scales: Scales of the LR images.
+        blur: See `prepare.build`.
 
     Returns:
         The number of images in each set laid out.
@@ -41,20 +42,20 @@ def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.P
     done = {}
     for source in map(Path, sources):
         if source.is_dir():
-            done.update(_lay_out(source, Path(root), scales))
+            done.update(_lay_out(source, Path(root), scales, blur))
             continue
         with tempfile.TemporaryDirectory(dir=source.parent if source.parent.is_dir() else None) as unpacked:
             try:
                 shutil.unpack_archive(source, unpacked, **({'filter': 'data'} if '.tar' in source.name else {}))
             except (OSError, ValueError, shutil.ReadError) as error:
                 raise UserError(f'{source}: is neither a folder nor a readable archive ({error})') from None
-            done.update(_lay_out(Path(unpacked), Path(root), scales))
+            done.update(_lay_out(Path(unpacked), Path(root), scales, blur))
     if not done:
         raise UserError(f'{", ".join(map(str, sources))}: no benchmark found, expected folders such as Set5/HR')
     return done
 
 
-def _lay_out(source: Path, root: Path, scales) -> dict[str, int]:
+def _lay_out(source: Path, root: Path, scales, blur) -> dict[str, int]:
     done = {}
     for name, aliases in NAMES.items():
         folders = [base / sub for alias in aliases for base in (source / alias, *source.glob(f'*/{alias}'))
@@ -63,7 +64,7 @@ def _lay_out(source: Path, root: Path, scales) -> dict[str, int]:
             folders += [source / sub for sub in HR_FOLDERS]
         folder = next((folder for folder in folders if folder.is_dir() and _holds_images(folder)), None)
         if folder is not None:
-            done[name] = _write_set(folder, root / name, scales)
+            done[name] = _write_set(folder, root / name, scales, blur)
     return done
 
 
@@ -71,10 +72,10 @@ def _holds_images(folder: Path) -> bool:
     return any(entry.is_file() and entry.suffix.lower() in ('.png', '.bmp', '.jpg') for entry in folder.iterdir())
 
 
-def _write_set(folder: Path, target: Path, scales) -> int:
+def _write_set(folder: Path, target: Path, scales, blur) -> int:
     images = {key: path for key, path in find_images(folder).items() if not key.endswith('_LR')}
     for scale in (1, *scales):
-        out = target / ('GTmod12' if scale == 1 else f'LRbicx{scale}')
+        out = target / ('GTmod12' if scale == 1 else f'LR{"BD" if blur else "bic"}x{scale}')
         if out.is_dir():
             continue
         temporary = target / f'.{out.name}.tmp'
@@ -83,6 +84,6 @@ def _write_set(folder: Path, target: Path, scales) -> int:
         for key, path in images.items():
             img = read_bgr(path)
             img = img[:img.shape[0] // MULTIPLE * MULTIPLE, :img.shape[1] // MULTIPLE * MULTIPLE]
-            cv2.imwrite(str(temporary / f'{key}.png'), img if scale == 1 else imresize(img, Fraction(1, scale)))
+            cv2.imwrite(str(temporary / f'{key}.png'), img if scale == 1 else degrade(img, scale, blur))
         os.replace(temporary, out)
     return len(images)

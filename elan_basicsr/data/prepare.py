@@ -31,18 +31,20 @@ PNG_COMPRESSION = 1  # as the toolbox writes its LMDBs
 
 
 def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int], lr: str | os.PathLike | None = None,
-          layout: str = 'raw', prefix: str = '', compare: bool = False) -> list[Path]:
+          layout: str = 'raw', prefix: str = '', compare: bool = False,
+          blur: float | None = None) -> list[Path]:
     """Make the LMDBs of HR images and of their LR images at each scale.
 
     Args:
         hr: Folder of HR images, searched recursively; cropped once to a multiple of every scale.
-        out: Folder of the LMDBs: `HR_raw.lmdb` and `LR_bicubic_X4_raw.lmdb`, or `…_sub.lmdb`.
+        out: Folder of the LMDBs: `HR_raw.lmdb` and `LR_bicubic_X4_raw.lmdb`, or `…_sub.lmdb`; `LR_BD_…` with blur.
         scales: Integers from 2.
         lr: Folder with `X2`, `X4`, … or, for one scale, of the LR images themselves; without it they are made by
             MATLAB's bicubic.
         layout: `raw` (whole images, undecoded) or `subimages` (the toolbox's, PNG).
         prefix: Put before the names of the LMDBs.
         compare: Print how many bytes of the LR images given differ from MATLAB's bicubic.
+        blur: Standard deviation in pixels of a Gaussian before the bicubic; 1.6 makes the benchmark called BD.
 
     Returns:
         The LMDBs, HR first. One that is already whole is left as it is.
@@ -62,12 +64,23 @@ def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int
     lmdbs = [write_lmdb(hr_lmdb, images, lambda path: _crop(read_bgr(path), multiple, path), layout, 1)]
     for scale in scales:
         differing: list[int] | None = [] if compare else None
-        source = _lr_source(images, lr, scale, len(scales), multiple, differing)
-        target = Path(out) / f'{prefix}LR_bicubic_X{scale}_{suffix}.lmdb'
+        source = _lr_source(images, lr, scale, len(scales), multiple, differing, blur)
+        target = Path(out) / f'{prefix}LR_{"BD" if blur else "bicubic"}_X{scale}_{suffix}.lmdb'
         lmdbs.append(write_lmdb(target, images, source, layout, scale))
         if differing:
             print(f'{target.name}: {sum(differing)} bytes of {len(differing)} LR images differ from our bicubic')
     return lmdbs
+
+
+def degrade(img: np.ndarray, scale: int, blur: float | None = None) -> np.ndarray:
+    """The LR image of an HR image: MATLAB's bicubic, after a Gaussian blur if asked.
+
+    With `blur=1.6` it is the degradation BD of the literature (Zhang et al., CVPR 2018, arXiv 1802.08797, section 5.4):
+    a Gaussian of 7x7 pixels and that standard deviation, edges repeated, rounded to the image's type.
+    """
+    if blur:
+        img = cv2.GaussianBlur(img, (7, 7), blur, borderType=cv2.BORDER_REPLICATE)
+    return imresize(img, Fraction(1, scale))
 
 
 def _crop(img: np.ndarray, multiple: int, path) -> np.ndarray:
@@ -78,13 +91,13 @@ def _crop(img: np.ndarray, multiple: int, path) -> np.ndarray:
 
 
 def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: int,
-               differing: list[int] | None = None) -> Callable[[Path], np.ndarray]:
+               differing: list[int] | None = None, blur: float | None = None) -> Callable[[Path], np.ndarray]:
     """How to get the LR image of an HR path: by the bicubic, or from a folder of LR images with the same keys.
 
     `differing` collects, for each LR image read, how many of its bytes are not those of the bicubic.
     """
     def shrink(path: Path) -> np.ndarray:
-        return imresize(_crop(read_bgr(path), multiple, path), Fraction(1, scale))
+        return degrade(_crop(read_bgr(path), multiple, path), scale, blur)
 
     folder = None if lr is None else Path(lr) / f'X{scale}' if (Path(lr) / f'X{scale}').is_dir() else Path(lr)
     if folder is not None and folder == Path(lr) and (number > 1 or differing is not None):

@@ -14,7 +14,7 @@ PACKAGES = ('elan-basicsr', 'basicsr', 'torch', 'torchvision', 'numpy', 'scipy',
             'safetensors', 'tb-nightly')
 EXPECTED = {
     'ARCH_REGISTRY': ('ELAN', 'EDSR', 'MSRResNet', 'RCAN', 'SwinIR', 'RRDBNet'),
-    'MODEL_REGISTRY': ('ELANModel', 'SRModel', 'SRGANModel', 'SwinIRModel'),
+    'MODEL_REGISTRY': ('ELANModel', 'RealELANNetModel', 'RealELANGANModel', 'SRModel', 'SRGANModel', 'SwinIRModel'),
     'DATASET_REGISTRY': ('PairedRawLmdbDataset', 'PairedImageDataset', 'RealESRGANDataset'),
     'LOSS_REGISTRY': ('L1Loss', 'GANLoss', 'PerceptualLoss'),
     'METRIC_REGISTRY': ('calculate_psnr', 'calculate_ssim', 'calculate_niqe'),

@@ -103,7 +103,7 @@ class ELANModel(SRModel):
 
     def feed_data(self, data: dict) -> None:
         super().feed_data(data)
-        self.lq_paths = data.get('lq_path')
+        self.lq_paths = data.get('lq_path') or data.get('gt_path')
 
     def optimize_parameters(self, current_iter: int) -> None:
         parts = self.opt['train'].get('accumulate', 1)
@@ -198,7 +198,7 @@ class ELANModel(SRModel):
 
     def _log_validation_metric_values(self, current_iter, dataset_name, tb_logger):
         """Upstream's line, without a best value where a test has no other to compare with."""
-        if self.is_train:
+        if self.opt['is_train']:
             super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
             return
         figures = ''.join(f'\n\t # {metric}: {value:.4f}' for metric, value in self.metric_results.items())
@@ -208,7 +208,7 @@ class ELANModel(SRModel):
         """Keep the network as `net_g_best.pth` when the metric `val.save_best` of the first set is the best so far."""
         metric = self.opt['val'].get('save_best')
         first = next((dataset['name'] for dataset in self.opt['datasets'].values() if dataset['phase'] == 'val'), None)
-        if not metric or not self.is_train or dataset_name != first:
+        if not metric or not self.opt['is_train'] or dataset_name != first:
             return
         if self.best_metric_results[dataset_name][metric]['iter'] == current_iter:
             self._save_networks('best')
@@ -245,12 +245,16 @@ class ELANModel(SRModel):
             'epoch': epoch, 'iter': current_iter,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
-            'best_metric_results': getattr(self, 'best_metric_results', {}),
-            **self.progress,
+            **self.extra_state(),
         }
-        if hasattr(self.optim_wrapper, 'loss_scaler'):
-            state['loss_scaler'] = self.optim_wrapper.loss_scaler.state_dict()
         save_atomic(state, osp.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+
+    def extra_state(self) -> dict:
+        """What the training state holds beyond upstream's: tensors, numbers, texts, and dicts and lists of them."""
+        extra = {'best_metric_results': getattr(self, 'best_metric_results', {}), **self.progress}
+        if hasattr(self.optim_wrapper, 'loss_scaler'):
+            extra['loss_scaler'] = self.optim_wrapper.loss_scaler.state_dict()
+        return extra
 
     def resume_training(self, resume_state):
         super().resume_training(resume_state)

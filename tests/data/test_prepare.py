@@ -91,6 +91,22 @@ def test_a_build_killed_three_times_ends_with_the_same_bytes(photographs, tmp_pa
         assert digest(calm) == digest(killed)
 
 
+def test_bd_is_a_blur_and_the_bicubic(photographs, tmp_path):
+    _, lr = build(hr=photographs, out=tmp_path / 'out', scales=[3], blur=1.6)
+    assert lr.name == 'LR_BD_X3_raw.lmdb'
+    x = np.arange(-3, 4)
+    kernel = np.exp(-x**2 / (2 * 1.6**2)) / np.exp(-x**2 / (2 * 1.6**2)).sum()
+    key, path = next((key, path) for key, path in find_images(photographs).items() if path.suffix == '.bmp')
+    hr = read_bgr(path)
+    hr = hr[:hr.shape[0] // 3 * 3, :hr.shape[1] // 3 * 3]
+    padded = np.pad(hr.astype(float), ((3, 3), (3, 3), (0, 0)), mode='edge')
+    rows = sum(weight * padded[i:i + hr.shape[0]] for i, weight in enumerate(kernel))
+    blurred = sum(weight * rows[:, i:i + hr.shape[1]] for i, weight in enumerate(kernel))
+    with raw_lmdb.open_readonly(lr).begin(buffers=True) as transaction:
+        difference = stored(transaction, key).astype(int) - imresize(np.round(blurred).astype(np.uint8), 1 / 3)
+    assert np.abs(difference).max() <= 1  # OpenCV's kernel is in fixed point
+
+
 def test_lr_images_given_are_used(photographs, tmp_path):
     for key, path in find_images(photographs).items():
         hr = read_bgr(path)

@@ -1,0 +1,77 @@
+"""Real-ESRGAN's training on a CPU: from the option files, and resumed as if nothing had happened."""
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from elan_basicsr.cli import main
+from elan_basicsr.data.prepare import build
+from tests.conftest import ROOT
+from tests.engine.test_train import assert_same_run
+
+SMALL = ['datasets.train.num_worker_per_gpu=0', 'datasets.train.batch_size_per_gpu=2', 'gt_size=64', 'queue_size=4',
+         'datasets.train.gt_size=64', 'network_g.num_block=2', 'network_g.num_feat=15', 'logger.use_tb_logger=false']
+
+
+@pytest.fixture(scope='module')
+def sub_images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('photos')
+    (root / 'hr').mkdir()
+    for name in ('astronaut', 'coffee'):
+        cv2.imwrite(str(root / 'hr' / f'{name}.png'), getattr(skimage.data, name)()[:400, :400, ::-1])
+    return build(hr=root / 'hr', out=root, scales=[4], layout='subimages')[0]
+
+
+def run(name, sub_images, *changes):
+    data = f'datasets.train.dataroot_gt={sub_images}'
+    return main(['train', '-opt', str(ROOT / 'options' / f'{name}.yml'), '--set', data, *SMALL, *changes])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, extra', [('train_RealELANNet_x4', []),
+                                         ('train_RealELANGAN_x4', ['network_d.num_feat=8'])])
+def test_training_goes_on_with_its_pool(name, extra, sub_images, tmp_path, monkeypatch):
+    """Four pairs in the pool, two a batch: from the third iteration on batches come out of it."""
+    monkeypatch.chdir(tmp_path)
+    often = [*extra, 'logger.save_checkpoint_freq=5']
+    assert run(name, sub_images, *often, 'train.total_iter=8') == 0
+    Path('experiments', name).rename('calm')
+    assert run(name, sub_images, *often, 'train.total_iter=5') == 0
+    options = str(ROOT / 'options' / f'{name}.yml')
+    assert main(['train', '-opt', options, '--auto_resume', '--set', f'datasets.train.dataroot_gt={sub_images}', *SMALL,
+                 *often, 'train.total_iter=8']) == 0
+    assert_same_run(Path('calm'), Path('experiments', name), 8)
+    if name == 'train_RealELANGAN_x4':
+        assert Path('experiments', name, 'models', 'net_d_8.pth').exists()
+    state = torch.load(Path('calm', 'training_states', '8.state'), weights_only=True)
+    assert state['pool']['queue_lr'].shape == (4, 3, 16, 16)
+
+
+def test_a_pool_that_batches_cannot_fill_is_one_line(sub_images, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run('train_RealELANNet_x4', sub_images, 'queue_size=5') == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error')]
+    assert len(errors) == 1 and 'queue_size' in errors[0]
+
+
+def test_validation_takes_pairs_as_they_are(sub_images, options, tmp_path):
+    val = options['datasets']['val']
+    lr = sorted(Path(val['dataroot_lq']).iterdir())
+    (tmp_path / 'lr').mkdir()
+    for path in lr:
+        img = cv2.imread(str(path))
+        cv2.imwrite(str(tmp_path / 'lr' / path.name), cv2.resize(img, (img.shape[1] // 2, img.shape[0] // 2)))
+    gt = tmp_path / 'gt'
+    gt.mkdir()
+    for path in (tmp_path / 'lr').iterdir():
+        h, w = cv2.imread(str(path)).shape[:2]
+        cv2.imwrite(str(gt / path.name), np.zeros((4 * h, 4 * w, 3), np.uint8))
+    section = {'name': 'pairs', 'type': 'PairedImageDataset', 'io_backend': '{type: disk}', 'dataroot_gt': gt,
+               'dataroot_lq': tmp_path / 'lr'}
+    changes = [f'datasets.val.{key}={value}' for key, value in section.items()]
+    changes += ['val={val_freq: 2, metrics: {psnr: {type: calculate_psnr, crop_border: 0}}}', 'train.total_iter=2']
+    assert run('train_RealELANNet_x4', sub_images, *changes) == 0
+    assert 'psnr' in next(Path('experiments/train_RealELANNet_x4').glob('*.log')).read_text()
