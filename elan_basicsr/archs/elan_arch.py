@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from elan_basicsr.archs import elan_fast
+
 from basicsr.utils.registry import ARCH_REGISTRY
 
 NUM_SHIFT_GROUPS = 5
@@ -234,16 +236,26 @@ class ELAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         x = reflect_pad_to_multiple(x, math.lcm(*self.window_sizes))
-        head = x = self.head(x * self.img_range - self.mean_in)
+        head = self.head(x * self.img_range - self.mean_in)
+        x = self._run_body(head)
+        x = F.pixel_shuffle(self.tail(x + head), self.upscale)
+        x = (x + self.mean_out) / self.img_range
+        return x[..., :h * self.upscale, :w * self.upscale]
+
+    def _run_body(self, x: Tensor) -> Tensor:
+        if elan_fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
+            return elan_fast.run_body(self.body, x, self.window_sizes)
         for block in self.body:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False,
                                context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
             else:
                 x = block(x)
-        x = F.pixel_shuffle(self.tail(x + head), self.upscale)
-        x = (x + self.mean_out) / self.img_range
-        return x[..., :h * self.upscale, :w * self.upscale]
+        return x
+
+
+# What `elan_fast` knows how to compute; a module of another class, quantised or adapted, takes the plain path.
+_FAST_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
 
 
 def _channel_mean(rgb_mean: Sequence[float], channels: int, img_range: float) -> Tensor:
