@@ -22,8 +22,6 @@ BAND_PIXELS = 5120
 # Below this many tokens a window's attention map is cheaper to keep and multiply than the fused call is to start.
 LARGEST_KEPT_WINDOW = 4
 
-Span = tuple[slice, slice]
-
 
 def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
     """Whether `run_body` may stand in for the modules: evaluation of unmodified modules on a CPU, nothing watching."""
@@ -162,7 +160,7 @@ class _Runner:
         self.x, self.y = self.y, self.x
 
     def _gmsa(self, gmsa: nn.Module, kept: list[Tensor]) -> list[Tensor]:
-        """Add the attention of `gmsa` to the map. `kept` holds queries or attention maps of the block's first module."""
+        """Add attention to the map. `kept` holds queries, or attention maps, of the block's first module."""
         matrix = _folded(gmsa.project_in, gmsa.norm)
         pixels = self.x.flatten(1)
         width = self.c // len(self.window_sizes)
