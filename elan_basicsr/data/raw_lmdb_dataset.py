@@ -73,10 +73,10 @@ class PairedRawLmdbDataset(Dataset):
 
         For a whole batch this saves stacking its samples, which costs as much as making them.
         """
-        for planes, out in zip(self._planes(index), (lq, gt), strict=True):
-            if out.dtype == torch.uint8:
-                out.numpy()[...] = planes
-            else:
+        if lq.dtype == torch.uint8:
+            self._planes(index, lq.numpy(), gt.numpy())
+        else:
+            for planes, out in zip(self._planes(index), (lq, gt), strict=True):
                 self._convert(planes, out)
         return self._paths(index)
 
@@ -95,13 +95,16 @@ class PairedRawLmdbDataset(Dataset):
     def _paths(self, index: int) -> dict[str, str]:
         return {'lq_path': self.keys[index], 'gt_path': self.keys[index]}
 
-    def _planes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """LQ and GT planes, cut and augmented where the phase is `train`."""
+    def _planes(self, index: int, lq_out: np.ndarray | None = None,
+                gt_out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """LQ and GT planes; where the phase is `train` cut and augmented, into the arrays given."""
         key = self.keys[index]
         lq, gt = self._image('lq', key), self._image('gt', key)
         scale = self.opt['scale']
         if self.opt['phase'] == 'train':
-            return self._cut_patch(lq, gt, key, scale)
+            lq, gt = self._cut_patch(lq, gt, key, scale)
+            turn = self._draw_turn()
+            return _augment(lq, *turn, lq_out), _augment(gt, *turn, gt_out)
         return lq, gt[:, :lq.shape[1] * scale, :lq.shape[2] * scale]
 
     def _image(self, kind: str, key: str) -> np.ndarray:
@@ -134,12 +137,13 @@ class PairedRawLmdbDataset(Dataset):
             raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, smaller than gt_size '
                             f'{self.opt["gt_size"]}; leave it out or take smaller patches')
         top, left = random.randint(0, h - size), random.randint(0, w - size)
-        lq = lq[:, top:top + size, left:left + size]
-        gt = gt[:, top * scale:(top + size) * scale, left * scale:(left + size) * scale]
-        flip_h = self.opt.get('use_hflip') and random.random() < 0.5
-        flip_v = self.opt.get('use_rot') and random.random() < 0.5
-        transpose = self.opt.get('use_rot') and random.random() < 0.5
-        return tuple(_augment(patch, flip_h, flip_v, transpose) for patch in (lq, gt))
+        return (lq[:, top:top + size, left:left + size],
+                gt[:, top * scale:(top + size) * scale, left * scale:(left + size) * scale])
+
+    def _draw_turn(self) -> tuple[bool, bool, bool]:
+        """Whether to flip left to right, to flip upside down, to transpose; drawn as the toolbox's `augment` does."""
+        hflip, rot = bool(self.opt.get('use_hflip')), bool(self.opt.get('use_rot'))
+        return hflip and random.random() < 0.5, rot and random.random() < 0.5, rot and random.random() < 0.5
 
     @staticmethod
     def _convert(planes: np.ndarray, out: Tensor) -> None:
@@ -160,16 +164,19 @@ class PairedRawLmdbDataset(Dataset):
         return rgb
 
 
-def _augment(planes: np.ndarray, flip_h: bool, flip_v: bool, transpose: bool) -> np.ndarray:
-    """Flip and transpose (C, H, W) planes; OpenCV does it many times faster than copying a strided view."""
-    if flip_v:
-        planes = planes[:, ::-1]  # whole rows in another order
-    if not (flip_h or transpose):
-        return planes
-    out = np.empty((planes.shape[0], *(planes.shape[:0:-1] if transpose else planes.shape[1:])), planes.dtype)
+_FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}  # of cv2.flip, by (left to right, upside down)
+
+
+def _augment(planes: np.ndarray, flip_h: bool, flip_v: bool, transpose: bool, out: np.ndarray | None) -> np.ndarray:
+    """Flip, then transpose (C, H, W) planes; OpenCV does it many times faster than a copy of a strided view."""
+    if out is None:
+        out = np.empty((planes.shape[0], *(planes.shape[:0:-1] if transpose else planes.shape[1:])), planes.dtype)
+    code = _FLIP_CODES.get((flip_h, flip_v))
     for plane, target in zip(planes, out, strict=True):
-        plane = np.ascontiguousarray(plane)
-        if flip_h:
-            plane = cv2.flip(plane, 1)
-        target[...] = cv2.transpose(plane) if transpose else plane
+        if transpose:
+            cv2.transpose(plane if code is None else cv2.flip(plane, code), dst=target)
+        elif code is not None:
+            cv2.flip(plane, code, dst=target)
+        else:
+            np.copyto(target, plane)
     return out

@@ -8,7 +8,6 @@ processes share a step (MosaicML's Streaming calls that elastic determinism).
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import struct
 from collections.abc import Iterator
@@ -50,11 +49,19 @@ def generators_kept() -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed."""
+    """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed.
 
-    def __init__(self, dataset: Dataset):
+    Batches from loader workers lie in shared memory that is used again `slots` batches later, since fresh pages cost
+    more than filling them: `to_float` must have been called on a batch before the next one is taken. A worker has at
+    most `prefetch_factor` batches waiting, so `prefetch_factor + 2` slots are enough.
+    """
+
+    def __init__(self, dataset: Dataset, slots: int = 4):
         self.dataset = dataset
         self.opt = dataset.opt
+        self.slots = slots
+        self._ring: list[dict[str, torch.Tensor]] = []
+        self._turn = 0
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
@@ -67,7 +74,7 @@ class SeededDataset(Dataset):
         shapes = getattr(self.dataset, 'batch_shapes', None)
         if shapes is None:
             return [self[key] for key in keys]
-        batch = {name: _new_batch(len(keys), shape) for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
+        batch = self._empty_batch(len(keys), shapes)
         rows = []
         with generators_kept():
             for (index, seed), lq, gt in zip(keys, batch['lq'], batch['gt'], strict=True):
@@ -75,16 +82,19 @@ class SeededDataset(Dataset):
                 rows.append(self.dataset.fill(index, lq, gt))
         return batch | {name: [row[name] for row in rows] for name in rows[0]}
 
+    def _empty_batch(self, number: int, shapes: tuple) -> dict[str, torch.Tensor]:
+        """Room for a batch: floats, or in a loader worker bytes in shared memory, a quarter of what has to travel."""
+        shapes = {name: (number, *shape) for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
+        if get_worker_info() is None:
+            return {name: torch.empty(shape) for name, shape in shapes.items()}
+        if len(self._ring) < self.slots:
+            self._ring.append({name: torch.empty(shape, dtype=torch.uint8).share_memory_()
+                               for name, shape in shapes.items()})
+        self._turn += 1
+        return dict(self._ring[(self._turn - 1) % self.slots])
+
     def __len__(self) -> int:
         return len(self.dataset)
-
-
-def _new_batch(number: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """An empty batch: floats, or in a loader worker bytes in shared memory, a quarter of what has to travel."""
-    if get_worker_info() is None:
-        return torch.empty((number, *shape))
-    storage = torch.UntypedStorage._new_shared(number * math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (number, *shape))
 
 
 def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
