@@ -106,6 +106,7 @@ class Training:
             self.batch_size *= max(opt['num_gpu'], 1)
         self.step_size = self.batch_size * opt['world_size']
         self.samples = resume_state.get('samples', self.iteration * self.step_size) if resume_state else 0
+        self.validation_due = bool(resume_state and resume_state.get('validation_due') and validation)
         self.epoch_size = len(train_set) * self.data_opt.get('dataset_enlarge_ratio', 1)
         self.loader = self._build_loader(train_set)
         self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
@@ -132,6 +133,8 @@ class Training:
         self.logger.info(f'Start training from epoch: {self.epoch}, iter: {self.iteration}')
         begin = time.time()
         saved = None
+        if self.validation_due:  # a signal came before it
+            self.validate()
         show = on_terminal() and self.opt['rank'] == 0
         with logging_redirect_tqdm([self.logger]), tqdm(total=self.total, initial=self.iteration, unit='it',
                                                         dynamic_ncols=True, disable=not show) as bar:
@@ -139,21 +142,22 @@ class Training:
                 bar.update()
                 bar.set_postfix_str(self._live_figures(), refresh=False)
                 stopping = stop.requested()
+                due = bool(self.validation) and self.iteration % self.opt['val']['val_freq'] == 0
+                if due and not stopping:  # before saving, so that the state holds the best values so far
+                    self.validate()
                 if self.iteration % self.opt['logger']['save_checkpoint_freq'] == 0 or stopping:
-                    self.save()
+                    self.save(validation_due=due and stopping)
                     saved = self.iteration
                 if stopping:
                     self.logger.info(f'{stop.cause}: stopped and saved at iteration {self.iteration}; '
                                      'go on with --auto_resume')
                     return False
-                if self.validation and self.iteration % self.opt['val']['val_freq'] == 0:
-                    self.validate()
         self.logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - begin))}')
+        if self.validation and self.iteration % self.opt['val']['val_freq'] != 0:
+            self.validate()
         if saved != self.iteration:
             self.save()
         self.model.save(epoch=-1, current_iter=-1)  # -1 stands for the latest
-        if self.validation and self.iteration % self.opt['val']['val_freq'] != 0:
-            self.validate()
         return True
 
     def _iterations(self) -> Iterator[None]:
@@ -186,9 +190,9 @@ class Training:
         losses = ', '.join(f'{name} {value:.4f}' for name, value in list(self.model.get_current_log().items())[:2])
         return f'{losses}, lr {self.model.get_current_learning_rate()[0]:.1e}, data {self.times["data_time"]:.3f}s'
 
-    def save(self) -> None:
+    def save(self, validation_due: bool = False) -> None:
         self.logger.info('Saving models and training states.')
-        self.model.progress = {'samples': self.samples}
+        self.model.progress = {'samples': self.samples, 'validation_due': validation_due}
         self.model.save(self.epoch, self.iteration)
         if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
             delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])
