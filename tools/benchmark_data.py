@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 import elan_basicsr  # noqa: F401, registers the datasets
+from elan_basicsr.data.loader import PatchLoader, to_float
 from elan_basicsr.data.prepare import build
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, to_float
+from elan_basicsr.data.sampling import StreamSampler
 
 from basicsr.data import build_dataset
 
@@ -68,9 +68,7 @@ def write_photographs(folder: Path, gt_size: int) -> Path:
 
 def patches_per_second(dataset, workers: int, batch: int, seconds: float) -> float:
     """Through the loader that training uses; the first batches, which open the files, are not counted."""
-    loader = DataLoader(SeededDataset(dataset), batch_size=batch, num_workers=workers, collate_fn=collate,
-                        sampler=StreamSampler(len(dataset), batch, seed=0))
-    batches = iter(loader)
+    batches = iter(PatchLoader(dataset, StreamSampler(len(dataset), batch, seed=0), workers))
     for _ in range(2 + 2 * workers):
         to_float(next(batches))
     number, begin = 0, time.perf_counter()

@@ -39,7 +39,7 @@ class PairedRawLmdbDataset(Dataset):
         self.opt = opt
         self.roots = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         self.keys = self._matching_keys()
-        self._transactions = self._process = None
+        self._transactions = self._views = self._process = None
 
     def _matching_keys(self) -> list[str]:
         keys = {}
@@ -59,25 +59,19 @@ class PairedRawLmdbDataset(Dataset):
 
     def __getstate__(self) -> dict:
         # An open LMDB does not travel to another process.
-        return {**self.__dict__, '_transactions': None, '_process': None}
+        return {**self.__dict__, '_transactions': None, '_views': None, '_process': None}
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        lq, gt = self._planes(index)
-        sample = {name: torch.empty(planes.shape) for name, planes in (('lq', lq), ('gt', gt))}
-        self._convert(lq, sample['lq'])
-        self._convert(gt, sample['gt'])
-        return {name: self._finish(tensor) for name, tensor in sample.items()} | self._paths(index)
-
-    def fill(self, index: int, lq: Tensor, gt: Tensor) -> dict[str, str]:
-        """Write training sample `index` into `lq` and `gt`, (C, h, w) float32 or uint8, and return its paths.
-
-        For a whole batch this saves stacking its samples, which costs as much as making them.
-        """
-        if lq.dtype == torch.uint8:
-            self._planes(index, lq.numpy(), gt.numpy())
+        lq, gt = self._images(index)
+        if self.opt['phase'] == 'train':
+            lq, gt = self._draw_patch(lq, gt)
         else:
-            for planes, out in zip(self._planes(index), (lq, gt), strict=True):
-                self._convert(planes, out)
+            gt = gt[:, :lq.shape[1] * self.opt['scale'], :lq.shape[2] * self.opt['scale']]
+        return {'lq': self._finish(lq), 'gt': self._finish(gt)} | self._paths(index)
+
+    def fill(self, index: int, lq: np.ndarray, gt: np.ndarray) -> dict[str, str]:
+        """Write training sample `index` as bytes into `lq` and `gt`, (C, h, w) uint8, and return its paths."""
+        self._draw_patch(*self._images(index), (lq, gt))
         return self._paths(index)
 
     @property
@@ -86,7 +80,7 @@ class PairedRawLmdbDataset(Dataset):
         plain = all(self.opt.get(key) is None for key in ('color', 'mean', 'std'))
         if self.opt['phase'] != 'train' or not plain:
             return None
-        first = self._image('gt', self.keys[0])
+        first = self._images(0)[1]
         if first.dtype != np.uint8:
             return None
         size, channels = self.opt['gt_size'] // self.opt['scale'], first.shape[0]
@@ -95,23 +89,20 @@ class PairedRawLmdbDataset(Dataset):
     def _paths(self, index: int) -> dict[str, str]:
         return {'lq_path': self.keys[index], 'gt_path': self.keys[index]}
 
-    def _planes(self, index: int, lq_out: np.ndarray | None = None,
-                gt_out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """LQ and GT planes; where the phase is `train` cut and augmented, into the arrays given."""
-        key = self.keys[index]
-        lq, gt = self._image('lq', key), self._image('gt', key)
-        scale = self.opt['scale']
-        if self.opt['phase'] == 'train':
-            lq, gt = self._cut_patch(lq, gt, key, scale)
-            turn = self._draw_turn()
-            return _augment(lq, *turn, lq_out), _augment(gt, *turn, gt_out)
-        return lq, gt[:, :lq.shape[1] * scale, :lq.shape[2] * scale]
-
-    def _image(self, kind: str, key: str) -> np.ndarray:
-        """A view of the whole image, (C, H, W), RGB."""
+    def _images(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Views of the whole LQ and GT image, (C, H, W), RGB; they stay valid as long as the transactions."""
         if self._process != os.getpid():  # a forked worker must not use the parent's
             self._transactions = {name: self._begin(root) for name, root in self.roots.items()}
-            self._process = os.getpid()
+            self._views, self._process = {}, os.getpid()
+        if index not in self._views:
+            key = self.keys[index]
+            lq, gt = self._read('lq', key), self._read('gt', key)
+            if self.opt['phase'] == 'train':
+                self._check_sizes(lq, gt, key)
+            self._views[index] = lq, gt
+        return self._views[index]
+
+    def _read(self, kind: str, key: str) -> np.ndarray:
         record = self._transactions[kind].get(key.encode())
         if record is None:
             raise UserError(f'{self.roots[kind]}: there is no image {key}; run `basicsr data verify`')
@@ -127,35 +118,34 @@ class PairedRawLmdbDataset(Dataset):
         except lmdb.Error as error:
             raise UserError(f'{root}: cannot be opened as an LMDB ({error}); build it again') from None
 
-    def _cut_patch(self, lq: np.ndarray, gt: np.ndarray, key: str, scale: int) -> tuple[np.ndarray, np.ndarray]:
-        size = self.opt['gt_size'] // scale
-        h, w = lq.shape[1:]
+    def _check_sizes(self, lq: np.ndarray, gt: np.ndarray, key: str) -> None:
+        scale, (h, w) = self.opt['scale'], lq.shape[1:]
         if gt.shape[1:] != (h * scale, w * scale):
             raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, expected {w * scale}x'
                             f'{h * scale}: {scale} times its LQ image')
-        if h < size or w < size:
+        if min(h, w) < self.opt['gt_size'] // scale:
             raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, smaller than gt_size '
                             f'{self.opt["gt_size"]}; leave it out or take smaller patches')
-        top, left = random.randint(0, h - size), random.randint(0, w - size)
-        return (lq[:, top:top + size, left:left + size],
-                gt[:, top * scale:(top + size) * scale, left * scale:(left + size) * scale])
+
+    def _draw_patch(self, lq: np.ndarray, gt: np.ndarray, outs: tuple = (None, None)) -> list[np.ndarray]:
+        """Cut and augment LQ and GT alike, at random; new arrays, or those given."""
+        scale = self.opt['scale']
+        size = self.opt['gt_size'] // scale
+        top, left = random.randint(0, lq.shape[1] - size), random.randint(0, lq.shape[2] - size)
+        turn = self._draw_turn()
+        patches = (lq[:, top:top + size, left:left + size],
+                   gt[:, top * scale:(top + size) * scale, left * scale:(left + size) * scale])
+        return [_augment(patch, *turn, out) for patch, out in zip(patches, outs, strict=True)]
 
     def _draw_turn(self) -> tuple[bool, bool, bool]:
         """Whether to flip left to right, to flip upside down, to transpose; drawn as the toolbox's `augment` does."""
         hflip, rot = bool(self.opt.get('use_hflip')), bool(self.opt.get('use_rot'))
         return hflip and random.random() < 0.5, rot and random.random() < 0.5, rot and random.random() < 0.5
 
-    @staticmethod
-    def _convert(planes: np.ndarray, out: Tensor) -> None:
-        """Write integer planes into `out` as floats of 0..1, as exactly as the toolbox does."""
-        if planes.dtype == np.uint16:
-            planes = planes.astype(np.int32)
-            torch.div(torch.from_numpy(planes), 65535, out=out)
-        else:
-            torch.div(torch.from_numpy(np.require(planes, None, ['C', 'W'])), 255, out=out)
-
-    def _finish(self, rgb: Tensor) -> Tensor:
-        """The toolbox's options on colour and normalization, for one (C, H, W) image."""
+    def _finish(self, planes: np.ndarray) -> Tensor:
+        """Floats of 0..1 with the toolbox's options on colour and normalization, for one (C, H, W) image."""
+        largest = np.iinfo(planes.dtype).max
+        rgb = torch.from_numpy(planes.astype(np.float32)).div_(largest)
         if self.opt.get('color') == 'y':
             bgr = np.ascontiguousarray(rgb.numpy()[::-1].transpose(1, 2, 0))
             rgb = torch.from_numpy(np.ascontiguousarray(bgr2ycbcr(bgr, y_only=True)))[None]
@@ -168,15 +158,15 @@ _FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}  # of cv2.f
 
 
 def _augment(planes: np.ndarray, flip_h: bool, flip_v: bool, transpose: bool, out: np.ndarray | None) -> np.ndarray:
-    """Flip, then transpose (C, H, W) planes; OpenCV does it many times faster than a copy of a strided view."""
+    """Flip, then transpose square (C, H, W) planes; OpenCV is many times faster than a copy of a strided view."""
     if out is None:
-        out = np.empty((planes.shape[0], *(planes.shape[:0:-1] if transpose else planes.shape[1:])), planes.dtype)
+        out = np.empty(planes.shape, planes.dtype)
     code = _FLIP_CODES.get((flip_h, flip_v))
     for plane, target in zip(planes, out, strict=True):
-        if transpose:
-            cv2.transpose(plane if code is None else cv2.flip(plane, code), dst=target)
-        elif code is not None:
-            cv2.flip(plane, code, dst=target)
-        else:
+        if code is None:
             np.copyto(target, plane)
+        else:
+            cv2.flip(plane, code, dst=target)
+        if transpose:
+            cv2.transpose(target, dst=target)
     return out

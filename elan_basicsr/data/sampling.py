@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 
 def mix_seed(*numbers: int) -> int:
@@ -49,19 +49,11 @@ def generators_kept() -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed.
+    """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed."""
 
-    Batches from loader workers lie in shared memory that is used again `slots` batches later, since fresh pages cost
-    more than filling them: `to_float` must have been called on a batch before the next one is taken. A worker has at
-    most `prefetch_factor` batches waiting, so `prefetch_factor + 2` slots are enough.
-    """
-
-    def __init__(self, dataset: Dataset, slots: int = 4):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.opt = dataset.opt
-        self.slots = slots
-        self._ring: list[dict[str, torch.Tensor]] = []
-        self._turn = 0
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
@@ -69,44 +61,8 @@ class SeededDataset(Dataset):
             seed_all(seed)
             return self.dataset[index]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list | dict:
-        """A batch: its samples, or at once the batch if the dataset can write into one."""
-        shapes = getattr(self.dataset, 'batch_shapes', None)
-        if shapes is None:
-            return [self[key] for key in keys]
-        batch = self._empty_batch(len(keys), shapes)
-        rows = []
-        with generators_kept():
-            for (index, seed), lq, gt in zip(keys, batch['lq'], batch['gt'], strict=True):
-                seed_all(seed)
-                rows.append(self.dataset.fill(index, lq, gt))
-        return batch | {name: [row[name] for row in rows] for name in rows[0]}
-
-    def _empty_batch(self, number: int, shapes: tuple) -> dict[str, torch.Tensor]:
-        """Room for a batch: floats, or in a loader worker bytes in shared memory, a quarter of what has to travel."""
-        shapes = {name: (number, *shape) for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
-        if get_worker_info() is None:
-            return {name: torch.empty(shape) for name, shape in shapes.items()}
-        if len(self._ring) < self.slots:
-            self._ring.append({name: torch.empty(shape, dtype=torch.uint8).share_memory_()
-                               for name, shape in shapes.items()})
-        self._turn += 1
-        return dict(self._ring[(self._turn - 1) % self.slots])
-
     def __len__(self) -> int:
         return len(self.dataset)
-
-
-def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
-    """A batch as the toolbox's datasets give it: images that came as bytes become floats of 0..1 on `device`."""
-    return {name: torch.div(value.to(device, non_blocking=True), 255)
-            if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
-            for name, value in batch.items()}
-
-
-def collate(samples: list | dict):
-    """torch's collation, for what is not a batch already."""
-    return samples if isinstance(samples, dict) else default_collate(samples)
 
 
 class StreamSampler(Sampler):

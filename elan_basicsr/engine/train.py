@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from os import path as osp
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, mix_seed, seed_all, to_float
+from elan_basicsr.data.loader import PatchLoader, to_float
+from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
@@ -115,14 +115,13 @@ class Training:
         logger.info(f'{len(train_set)} training images, {self.step_size} patches an iteration, {steps} iterations an '
                     f'epoch, {self.total} iterations in all')
 
-    def _build_loader(self, train_set) -> DataLoader:
+    def _build_loader(self, train_set) -> PatchLoader:
         opt = self.opt
         workers = self.data_opt.get('num_worker_per_gpu', 0) * (1 if opt['dist'] else max(opt['num_gpu'], 1))
         sampler = StreamSampler(len(train_set), self.batch_size, opt['manual_seed'], opt['rank'], opt['world_size'],
                                 start=self.samples)
-        return DataLoader(SeededDataset(train_set), batch_size=self.batch_size, sampler=sampler, num_workers=workers,
-                          collate_fn=collate,
-                          pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
+        return PatchLoader(train_set, sampler, workers,
+                           pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
 
     @property
     def epoch(self) -> int:

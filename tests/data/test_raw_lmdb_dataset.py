@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from elan_basicsr.data.images import read_bgr
+from elan_basicsr.data.loader import PatchLoader, to_float
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, collate, to_float
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler
 from elan_basicsr.errors import UserError
 
 from basicsr.data.paired_image_dataset import PairedImageDataset
@@ -58,17 +59,23 @@ def test_workers_forked_or_spawned_read_the_same(opt, context):
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[1]['gt'], expected[1])
 
 
-def test_batches_are_their_samples_with_any_number_of_workers(opt):
-    dataset = SeededDataset(PairedRawLmdbDataset(opt))
+@pytest.mark.parametrize('workers, context', [(0, None), (2, 'fork'), (3, 'fork'), (2, 'spawn')])
+@pytest.mark.parametrize('color', [None, 'y'])  # as bytes through shared memory, and as tensors
+def test_batches_are_their_samples_with_any_number_of_workers(opt, workers, context, color):
+    dataset = PairedRawLmdbDataset({**opt, 'color': color})
     sampler = StreamSampler(len(dataset), batch_size=3, seed=1)
-    expected = [dataset[key] for key in itertools.islice(sampler, 9)]
-    for workers in (0, 2):
-        loader = DataLoader(dataset, batch_size=3, sampler=sampler, num_workers=workers, collate_fn=collate)
-        for step, batch in enumerate(map(to_float, itertools.islice(loader, 3))):
-            samples = expected[3 * step:3 * step + 3]
-            for name in ('lq', 'gt'):
-                assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples])), (workers, name)
-            assert batch['lq_path'] == [sample['lq_path'] for sample in samples]
+    keys = itertools.islice(sampler, 3 * 14)  # more than the slots of the workers
+    expected = [SeededDataset(dataset)[key] for key in keys]
+    random.seed(5)
+    drawn = random.random()
+    random.seed(5)
+    batches = iter(PatchLoader(dataset, sampler, workers, context=context))
+    for step, batch in enumerate(map(to_float, itertools.islice(batches, 14))):
+        samples = expected[3 * step:3 * step + 3]
+        for name in ('lq', 'gt'):
+            assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples])), (step, name)
+        assert batch['lq_path'] == [sample['lq_path'] for sample in samples]
+    assert random.random() == drawn  # loading draws nothing from the run's generator
 
 
 def test_key_lists_that_differ_are_named(data, opt, tmp_path):

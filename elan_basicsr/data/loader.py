@@ -1,0 +1,99 @@
+"""From a dataset to batches on the network's device: `PatchLoader`.
+
+Batches of 8-bit patches travel as bytes through memory that main process and loader workers share from the start. What
+a worker sends is the number of a slot; floats are made where they are used. Sending tensors instead costs a handshake
+and fresh pages for each batch, which is several times the work of cutting the patches.
+"""
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler
+
+PREFETCH = 3  # batches that a worker makes ahead
+SLOTS = PREFETCH + 1  # and one for the batch that the main process is turning into floats
+
+
+class PatchLoader:
+    """The endless batches of a training run, an iterable of dicts as torch's DataLoader makes them.
+
+    Images of 8 bits may come as uint8 of 0..255; `to_float` makes them the floats of 0..1 that the toolbox's datasets
+    give. It must have been called on a batch before the next one is taken, since the memory of bytes is used again.
+
+    Args:
+        dataset: Any training dataset of the toolbox's.
+        sampler: Which sample comes when; its `batch_size` is the batch's.
+        workers: Loader processes; 0 loads in this one.
+        pin_memory: For batches of floats on their way to a GPU.
+        context: How workers start: `fork`, `spawn`, or the platform's way.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: StreamSampler, workers: int = 0, pin_memory: bool = False,
+                 context: str | None = None):
+        shapes = getattr(dataset, 'batch_shapes', None)
+        self._bytes = None if shapes is None else _ByteBatches(dataset, shapes, sampler.batch_size, workers)
+        self._loader = DataLoader(
+            SeededDataset(dataset) if self._bytes is None else self._bytes, batch_size=sampler.batch_size,
+            sampler=sampler, num_workers=workers, pin_memory=pin_memory and self._bytes is None,
+            collate_fn=None if self._bytes is None else _as_it_is, prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context=context if workers else None, worker_init_fn=_spare_the_collector)
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = iter(self._loader)
+        return batches if self._bytes is None else map(self._bytes.from_slot, batches)
+
+
+def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
+    """A batch as the toolbox's datasets give it: images that came as bytes become floats of 0..1 on `device`."""
+    return {name: value.to(device).float().div_(255) if isinstance(value, Tensor) and value.dtype == torch.uint8
+            else value for name, value in batch.items()}
+
+
+def _spare_the_collector(worker: int) -> None:
+    gc.freeze()  # what the parent has imported is for ever; searching it for garbage takes a tenth of a worker's time
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
+
+
+class _ByteBatches(Dataset):
+    """Batches of (index, seed) pairs, written as bytes into slots of memory that all processes of the loader share."""
+
+    def __init__(self, dataset: Dataset, shapes: tuple, batch_size: int, workers: int):
+        self.dataset = dataset
+        self.turn = 0
+        slots = SLOTS * workers or 1
+        self.slots = {name: torch.empty((slots, batch_size, *shape), dtype=torch.uint8)
+                      for name, shape in zip(('lq', 'gt'), shapes, strict=True)}
+        if workers:
+            for memory in self.slots.values():
+                memory.share_memory_()
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """Fill the next slot of this process; return its number and the paths."""
+        worker = get_worker_info()
+        slot = worker.id * SLOTS + self.turn % SLOTS if worker else 0
+        self.turn += 1
+        lq, gt = (memory[slot].numpy() for memory in self.slots.values())
+        state = random.getstate()
+        rows = []
+        for i, (index, seed) in enumerate(keys):
+            random.seed(seed)
+            rows.append(self.dataset.fill(index, lq[i], gt[i]))
+        random.setstate(state)
+        return {'slot': slot} | {name: [row[name] for row in rows] for name in rows[0]}
+
+    def from_slot(self, batch: dict) -> dict:
+        """The batch that a process has written."""
+        slot = batch.pop('slot')
+        return {name: memory[slot] for name, memory in self.slots.items()} | batch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
