@@ -1,26 +1,29 @@
 """The body of ELAN for inference on a CPU: the function of `elan_arch`, with less traffic through memory.
 
-An image's map is one (C + 1, H, W) tensor whose last row is ones, so that every 1x1 convolution, its bias and its
-residual are one matrix product written in place. LFEs run over bands of rows, whose widened maps stay in the cache.
-The projection into attention writes its tokens with the channels last, which a product gives for nothing, and windows
-are cut from those, the cyclic shift included. All buffers are made once per call: calls share nothing.
+An image's map is one (H, W, C) tensor that every module updates in place. Work goes in bands of rows whose temporaries
+stay in the cache: widened maps of an LFE, tokens, windows and attention maps of a GMSA. With the channels last a 1x1
+convolution is one matrix product, a shift moves runs of memory, and windows are cut from the rows of a band, the cyclic
+shift included. All buffers are made once per call: calls share nothing.
 
 BatchNorm is folded into the projection at every call. A cached fold would have to notice changed weights, and updates
 through `.data`, as the toolbox's moving average makes them, leave no trace in a tensor's version.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NUM_SHIFT_GROUPS = 5
-# Pixels per band: the widened map of a band of ELAN-light is then some 2.5 MB of float32.
+# Pixels per band: a band of ELAN-light's widened map is then some 2.5 MB of float32.
 BAND_PIXELS = 5120
-# Below this many tokens a window's attention map is cheaper to keep and multiply than the fused call is to start.
-LARGEST_KEPT_WINDOW = 4
+# From this many tokens a window's attention is faster fused than as two products around a softmax.
+SMALLEST_FUSED = 256
+# Attention maps are kept for the modules that share them, smallest windows first, up to this size in all.
+KEPT_BYTES = 256 * 2**20
 
 
 def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
@@ -42,38 +45,34 @@ def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_ty
 
 def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Tensor:
     """Run all blocks on a padded map. (B, C, H, W) -> the same, a new tensor."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     with torch.no_grad():
-        runner = _Runner(body, x.shape[1:], x, window_sizes)
         for image, result in zip(x, out, strict=True):
-            result.copy_(runner.run(image))
+            result.copy_(_Runner(body, image, window_sizes).run())
     return out
 
 
-def _with_bias(conv: nn.Conv2d) -> Tensor:
-    """Weight and bias of a 1x1 convolution as one matrix, (out, in + 1)."""
-    return torch.cat([conv.weight.flatten(1), conv.bias[:, None]], dim=1)
+def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution as weight (in, out) and bias (out), for tokens with the channels last."""
+    return conv.weight.flatten(1).t(), conv.bias
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """The same of a 1x1 convolution followed by BatchNorm on its running statistics."""
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale * norm.weight if norm.weight is not None else scale
-    matrix = _with_bias(conv)
-    matrix[:, -1] -= norm.running_mean
-    matrix *= scale[:, None]
-    if norm.bias is not None:
-        matrix[:, -1] += norm.bias
-    return matrix
+    weight, bias = _matrix(conv)
+    bias = (bias - norm.running_mean) * scale
+    return weight * scale, bias + norm.bias if norm.bias is not None else bias
 
 
 def _shift_rows(source: Tensor, first: int, target: Tensor, start: int, height: int, relu: bool) -> None:
-    """Write rows `start`.. of the shifted map into `target` (C, R, W), through a ReLU if asked.
+    """Write rows `start`.. of the shifted map into `target` (R, W, C), through a ReLU if asked.
 
-    `source` (C, rows, W) holds the map's rows from `first` on, one more on each side than `target` where the map has
+    `source` (rows, W, C) holds the map's rows from `first` on, one more on each side than `target` where the map has
     them; `height` is the map's. Outside the map is zero.
     """
-    channels, rows, w = target.shape
+    rows, w, channels = target.shape
     group = channels // NUM_SHIFT_GROUPS
     top = start - first
 
@@ -83,149 +82,171 @@ def _shift_rows(source: Tensor, first: int, target: Tensor, start: int, height: 
         else:
             to.copy_(of)
 
-    part = source[:, top:top + rows]
-    put(target[:group, :, :w - 1], part[:group, :, 1:])
-    target[:group, :, w - 1] = 0
-    put(target[group:2 * group, :, 1:], part[group:2 * group, :, :w - 1])
-    target[group:2 * group, :, 0] = 0
+    part = source[top:top + rows]
+    put(target[:, :w - 1, :group], part[:, 1:, :group])
+    target[:, w - 1, :group] = 0
+    put(target[:, 1:, group:2 * group], part[:, :w - 1, group:2 * group])
+    target[:, 0, group:2 * group] = 0
 
     below = slice(2 * group, 3 * group)
     here = min(rows, height - 1 - start)
-    put(target[below, :here], source[below, top + 1:top + 1 + here])
-    target[below, here:] = 0
+    put(target[:here, :, below], source[top + 1:top + 1 + here, :, below])
+    target[here:, :, below] = 0
 
     above = slice(3 * group, 4 * group)
     skipped = 1 if start == 0 else 0
-    put(target[above, skipped:], source[above, top + skipped - 1:top + rows - 1])
-    target[above, :skipped] = 0
-    put(target[4 * group:], part[4 * group:])
+    put(target[skipped:, :, above], source[top + skipped - 1:top + rows - 1, :, above])
+    target[:skipped, :, above] = 0
+    put(target[..., 4 * group:], part[..., 4 * group:])
 
 
 class _Runner:
-    """The buffers of one call and the passes over them."""
+    """The map and the buffers of one image, and the passes over them."""
 
-    def __init__(self, body: nn.ModuleList, size: Sequence[int], like: Tensor, window_sizes: Sequence[int]):
+    def __init__(self, body: nn.ModuleList, image: Tensor, window_sizes: Sequence[int]):
         self.body = body
         self.window_sizes = window_sizes
-        c, self.h, self.w = size
-        self.c = c
-        self.like = like
+        self.c, self.h, self.w = image.shape
+        self.x = image.permute(1, 2, 0).contiguous()
         step = max(window_sizes)
         self.band = min(self.h, max(BAND_PIXELS // (self.w * step), 1) * step)
         hidden = max(lfe.conv0.out_channels for block in body for lfe in block.lfe)
-        self.x, self.y = self._map(c), self._map(c)
         rows = min(self.band + 2, self.h)
-        self.shifted = self._ones_below(c, rows * self.w)
-        self.hidden = like.new_empty(hidden * rows * self.w)
-        self.shifted_hidden = self._ones_below(hidden, self.band * self.w)
-        width = c // len(window_sizes)
-        self.tokens = like.new_empty(self.h * self.w, 2 * width)
-        # A last column of ones for the bias of the projection out.
-        self.attended = like.new_ones(self.h * self.w, c + 1)
+        self.shifted = image.new_empty(rows, self.w, self.c)
+        self.hidden = image.new_empty(rows * self.w * hidden)
+        self.shifted_hidden = image.new_empty(self.band * self.w * hidden)
+        self.delta = image.new_empty(self.band, self.w, self.c)
+        width = self.c // len(window_sizes)
+        self.tokens = image.new_empty(self.band * self.w * 2 * width)
+        self.attended = image.new_empty(self.h, self.w, self.c)
+        self.maps = self._room_for_maps(image)
 
-    def _map(self, channels: int) -> Tensor:
-        return self.like.new_ones(channels + 1, self.h, self.w)
+    def _room_for_maps(self, image: Tensor) -> dict[int, Tensor]:
+        """By group, memory for the attention maps that are kept: `window²` numbers for each pixel."""
+        maps, room = {}, KEPT_BYTES
+        if any(len(block.gmsa) > 1 for block in self.body):
+            for i in sorted(range(len(self.window_sizes)), key=lambda i: self.window_sizes[i]):
+                shape = (self.h * self.w // self.window_sizes[i]**2, self.window_sizes[i]**2, self.window_sizes[i]**2)
+                room -= math.prod(shape) * image.itemsize
+                if room >= 0:
+                    maps[i] = image.new_empty(shape)
+        return maps
 
-    def _ones_below(self, channels: int, pixels: int) -> Tensor:
-        """Flat rows for any number of pixels up to `pixels`; the ones are written where they belong on use."""
-        return self.like.new_empty((channels + 1) * pixels)
-
-    def run(self, image: Tensor) -> Tensor:
-        """All blocks on one (C, H, W) map; the result is a view of a buffer."""
-        self.x[:-1] = image
+    def run(self) -> Tensor:
+        """All blocks; the result (C, H, W) is a view of the map."""
         for block in self.body:
-            kept: list[Tensor] = []
+            queries: dict[tuple[int, int], Tensor] = {}
             for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
                 self._lfe(lfe)
-                kept = self._gmsa(gmsa, kept)
-        return self.x[:-1]
+                self._gmsa(gmsa, queries, sharing=len(block.gmsa) > 1)
+        return self.x.permute(2, 0, 1)
+
+    def _bands(self) -> Iterator[tuple[int, int]]:
+        """First row and end of each band."""
+        for start in range(0, self.h, self.band):
+            yield start, min(start + self.band, self.h)
 
     def _lfe(self, lfe: nn.Module) -> None:
-        first, second = _with_bias(lfe.conv0), _with_bias(lfe.conv1)
+        """Add local features to the map; a band is added once the next has read the rows above it."""
+        (weight0, bias0), (weight1, bias1) = _matrix(lfe.conv0), _matrix(lfe.conv1)
         c, wide = self.c, lfe.conv0.out_channels
-        for start in range(0, self.h, self.band):
-            rows = min(self.band, self.h - start)
-            low, high = max(start - 1, 0), min(start + rows + 1, self.h)
-            near = self.shifted[:(c + 1) * (high - low) * self.w].view(c + 1, high - low, self.w)
-            near[-1] = 1
-            _shift_rows(self.x[:-1], 0, near[:-1], low, self.h, relu=False)
-            hidden = self.hidden[:wide * (high - low) * self.w].view(wide, high - low, self.w)
-            torch.mm(first, near.flatten(1), out=hidden.flatten(1))
-            far = self.shifted_hidden[:(wide + 1) * rows * self.w].view(wide + 1, rows, self.w)
-            far[-1] = 1
-            _shift_rows(hidden, low, far[:-1], start, self.h, relu=True)
-            pixels = slice(start * self.w, (start + rows) * self.w)
-            torch.addmm(self.x[:-1].flatten(1)[:, pixels], second, far.flatten(1),
-                        out=self.y[:-1].flatten(1)[:, pixels])
-        self.x, self.y = self.y, self.x
+        waiting = None
+        for start, end in self._bands():
+            low, high = max(start - 1, 0), min(end + 1, self.h)
+            near = self.shifted[:high - low]
+            _shift_rows(self.x, 0, near, low, self.h, relu=False)
+            if waiting is not None:
+                self.x[waiting] += self.delta
+            hidden = self.hidden[:(high - low) * self.w * wide].view(-1, wide)
+            torch.addmm(bias0, near.view(-1, c), weight0, out=hidden)
+            far = self.shifted_hidden[:(end - start) * self.w * wide].view(-1, self.w, wide)
+            _shift_rows(hidden.view(-1, self.w, wide), low, far, start, self.h, relu=True)
+            torch.addmm(bias1, far.view(-1, wide), weight1, out=self.delta[:end - start].view(-1, c))
+            waiting = slice(start, end)
+        self.x[waiting] += self.delta[:waiting.stop - waiting.start]
 
-    def _gmsa(self, gmsa: nn.Module, kept: list[Tensor]) -> list[Tensor]:
-        """Add attention to the map. `kept` holds queries, or attention maps, of the block's first module."""
-        matrix = _folded(gmsa.project_in, gmsa.norm)
-        pixels = self.x.flatten(1)
-        width = self.c // len(self.window_sizes)
-        keep = []
-        for i, (rows, window) in enumerate(zip(matrix.chunk(len(self.window_sizes)), self.window_sizes, strict=True)):
-            tokens = self.tokens.flatten()[:pixels.shape[1] * len(rows)].view(-1, len(rows))
-            torch.mm(pixels.t(), rows.t(), out=tokens)
+    def _gmsa(self, gmsa: nn.Module, queries: dict[tuple[int, int], Tensor], sharing: bool) -> None:
+        """Add attention to the map. `queries` of the block's first module stand in where its maps are not kept."""
+        weight, bias = _folded(gmsa.project_in, gmsa.norm)
+        groups = len(self.window_sizes)
+        width = self.c // groups
+        for i, (part, offset, window) in enumerate(
+                zip(weight.chunk(groups, 1), bias.chunk(groups), self.window_sizes, strict=True)):
+            part = part.contiguous()
             shift = window // 2 if gmsa.shifted else 0
-            windows = self._cut(tokens, window, shift)
-            if gmsa.shares:
-                keep.append(kept[i])
-                values = windows
-            else:
-                queries, values = windows[..., :width], windows[..., width:]
-                keep.append(self._attention(queries) if window <= LARGEST_KEPT_WINDOW else queries)
-            if window <= LARGEST_KEPT_WINDOW:
-                result = torch.bmm(keep[i], values)
-            else:
-                result = F.scaled_dot_product_attention(
-                    keep[i][:, None], keep[i][:, None], values[:, None], scale=1.0)[:, 0]
-            self._paste(result, self.attended[:, i * width:(i + 1) * width], window, shift)
-        body = self.x[:-1].flatten(1)
-        torch.addmm(body, _with_bias(gmsa.project_out), self.attended.t(), out=body)
-        return keep
+            for start, end in self._bands():
+                windows = self._windows(part, offset, start, end, window, shift)
+                first = start * self.w // window**2
+                attention = self.maps[i][first:first + len(windows)] if sharing and i in self.maps else None
+                if gmsa.shares:
+                    q, v = queries.get((i, start)), windows
+                else:
+                    q, v = windows[..., :width], windows[..., width:]
+                    if sharing and attention is None:
+                        queries[i, start] = q
+                result = _attend(q, v, attention, known=gmsa.shares)
+                self._paste(result, self.attended[..., i * width:(i + 1) * width], start, end, window, shift)
+        weight, bias = _matrix(gmsa.project_out)
+        for start, end in self._bands():
+            delta = self.delta[:end - start]
+            torch.addmm(bias, self.attended[start:end].view(-1, self.c), weight, out=delta.view(-1, self.c))
+            self.x[start:end] += delta
 
-    @staticmethod
-    def _attention(queries: Tensor) -> Tensor:
-        return torch.softmax(torch.bmm(queries, queries.transpose(1, 2)), dim=-1)
+    def _windows(self, weight: Tensor, bias: Tensor, start: int, end: int, window: int, shift: int) -> Tensor:
+        """Project a band, its rows `shift` further down on the torus, and cut it: (N, window², C), a new tensor."""
+        channels = len(bias)
+        tokens = self.tokens[:(end - start) * self.w * channels].view(end - start, self.w, channels)
+        for of, to in self._rows(start, end, shift):
+            torch.addmm(bias, self.x[of].view(-1, self.c), weight, out=tokens[to].view(-1, channels))
+        windows = tokens.new_empty((end - start) // window, self.w // window, window, window, channels)
+        for columns, across, inside in self._columns(window, shift):
+            windows[:, across, :, inside].copy_(_grid(tokens[:, columns], window, inside))
+        return windows.view(-1, window**2, channels)
 
-    def _grid(self, windows: Tensor, window: int) -> Tensor:
-        """(N, window², C) as (H, W, C), indexed as the rolled map; a view of six axes."""
-        return windows.view(self.h // window, self.w // window, window, window, -1).transpose(1, 2)
+    def _paste(self, result: Tensor, image: Tensor, start: int, end: int, window: int, shift: int) -> None:
+        """Put the windows of a band where they came from in `image` (H, W, C)."""
+        channels = result.shape[-1]
+        windows = result.view((end - start) // window, self.w // window, window, window, channels)
+        rows = self._rows(start, end, shift)
+        wraps = len(rows) > 1
+        band = result.new_empty(end - start, self.w, channels) if wraps else image[rows[0][0]]
+        for columns, across, inside in self._columns(window, shift):
+            _grid(band[:, columns], window, inside).copy_(windows[:, across, :, inside])
+        if wraps:
+            for of, to in rows:
+                image[of] = band[to]
 
-    def _pieces(self, window: int, shift: int) -> list[tuple[tuple[slice, ...], slice, slice]]:
-        """Which part of the window grid (h, i, w, j) comes from which rows and columns of the map.
+    def _rows(self, start: int, end: int, shift: int) -> list[tuple[slice, slice]]:
+        """Which rows of the map, and of the band, a band `shift` further down on the torus consists of."""
+        inside = min(end + shift, self.h) - start - shift
+        rows = [(slice(start + shift, start + shift + inside), slice(0, inside))]
+        if inside < end - start:
+            rows.append((slice(0, end + shift - self.h), slice(inside, end - start)))
+        return rows
 
-        A shifted map begins `shift` pixels further on; only the last window in each direction wraps around.
-        """
-        def axis(size: int) -> list[tuple[slice, slice, slice]]:
-            whole = (size - shift) // window
-            spans = [(slice(0, whole), slice(0, window), slice(shift, shift + whole * window))]
-            if shift:
-                spans += [(slice(whole, whole + 1), slice(0, window - shift), slice(size - window + shift, size)),
-                          (slice(whole, whole + 1), slice(window - shift, window), slice(0, shift))]
-            return [span for span in spans if span[0].stop > span[0].start]
-        return [((nh, i, nw, j), ys, xs) for nh, i, ys in axis(self.h) for nw, j, xs in axis(self.w)]
+    def _columns(self, window: int, shift: int) -> list[tuple[slice, slice, slice]]:
+        """Which columns of the map are which windows, and which columns inside them; the last window wraps around."""
+        number, edge = self.w // window, self.w - window + shift
+        if not shift:
+            return [(slice(0, self.w), slice(0, number), slice(0, window))]
+        columns = [(slice(edge, self.w), slice(number - 1, number), slice(0, window - shift)),
+                   (slice(0, shift), slice(number - 1, number), slice(window - shift, window))]
+        if number > 1:
+            columns.append((slice(shift, edge), slice(0, number - 1), slice(0, window)))
+        return columns
 
-    def _cut(self, tokens: Tensor, window: int, shift: int) -> Tensor:
-        """(H * W, C) -> (N, window², C), a new tensor."""
-        windows = torch.empty_like(tokens).view(-1, window * window, tokens.shape[1])
-        self._move(tokens, windows, window, shift, cut=True)
-        return windows
 
-    def _paste(self, windows: Tensor, tokens: Tensor, window: int, shift: int) -> None:
-        """The inverse of `_cut`, into `tokens`."""
-        self._move(tokens, windows, window, shift, cut=False)
+def _attend(q: Tensor | None, v: Tensor, attention: Tensor | None, known: bool) -> Tensor:
+    """softmax(q qᵀ) v, all (N, window², C). An attention map is written into `attention` if given, or read if known."""
+    if attention is None and v.shape[1] >= SMALLEST_FUSED:
+        return F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None], scale=1.0)[:, 0]
+    if attention is None or not known:
+        attention = torch.bmm(q, q.transpose(1, 2), **({} if attention is None else {'out': attention}))
+        torch.softmax(attention, dim=-1, out=attention)
+    return torch.bmm(attention, v)
 
-    def _move(self, tokens: Tensor, windows: Tensor, window: int, shift: int, cut: bool) -> None:
-        grid = self._grid(windows, window)
-        image = tokens.view(self.h, self.w, -1)
-        for at, ys, xs in self._pieces(window, shift):
-            of = grid[at]
-            nh, i, nw, j, _ = of.shape
-            part = image[ys, xs].unflatten(1, (nw, j)).unflatten(0, (nh, i))
-            if cut:
-                of.copy_(part)
-            else:
-                part.copy_(of)
+
+def _grid(rows: Tensor, window: int, inside: slice) -> Tensor:
+    """Rows of a map (R, columns, C) as a view (R / window, windows across, window, columns inside one, C)."""
+    width = inside.stop - inside.start
+    return rows.unflatten(1, (-1, width)).unflatten(0, (-1, window)).transpose(1, 2)

@@ -30,16 +30,16 @@ def _list_of(accepts: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 def _one_of(*values) -> Kind:
-    words = ' or '.join('~' if value is None else str(value).lower() if isinstance(value, bool) else value
+    words = ' or '.join('null' if value is None else str(value).lower() if isinstance(value, bool) else value
                         for value in values)
     return Kind(words, lambda value: any(value is each or (isinstance(each, str) and value == each) for each in values))
 
 
 TEXT = Kind('a text', _is_text)
-TEXT_OR_NONE = Kind('a text, or ~ for none', lambda v: v is None or _is_text(v))
+TEXT_OR_NONE = Kind('a text, or null for none', lambda v: v is None or _is_text(v))
 NAME = Kind('a text without / that can name a folder',
             lambda v: _is_text(v) and not set(v) & set('/\\\0\n') and v not in ('.', '..') and len(v.encode()) <= 200)
-PATH = Kind('a path, or ~ for none', TEXT_OR_NONE.accepts)
+PATH = Kind('a path, or null for none', TEXT_OR_NONE.accepts)
 SWITCH = Kind('true or false', lambda v: isinstance(v, bool))
 COUNT = Kind('an integer from 1', lambda v: is_int(v) and v >= 1)
 COUNT_OR_ZERO = Kind('an integer from 0', lambda v: is_int(v) and v >= 0)
@@ -55,8 +55,8 @@ NUMBERS = Kind('a list of numbers', _list_of(is_number))
 MILESTONES = Kind('a list of iterations, such as [250000, 400000]', _list_of(COUNT.accepts))
 RESTARTS = Kind('a list of iterations from 0, such as [0, 250000]', _list_of(COUNT_OR_ZERO.accepts))
 SECTION = Kind('a section of keys', lambda v: isinstance(v, dict) and bool(v))
-SECTION_OR_NONE = Kind('a section of keys, or ~ for none', lambda v: v is None or isinstance(v, dict))
-SEED = Kind('an integer from 0 to 4294967295, or ~ for a random one',
+SECTION_OR_NONE = Kind('a section of keys, or null for none', lambda v: v is None or isinstance(v, dict))
+SEED = Kind('an integer from 0 to 4294967295, or null for a random one',
             lambda v: v is None or (is_int(v) and 0 <= v < 2**32))
 GPUS = Kind('auto or an integer from 0', lambda v: v == 'auto' or COUNT_OR_ZERO.accepts(v))
 NETWORKS = Kind('a list of networks such as [network_d]', lambda v: v is None or _list_of(_is_text)(v))
