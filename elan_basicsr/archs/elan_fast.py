@@ -111,9 +111,8 @@ class _Runner:
         step = max(window_sizes)
         self.band = min(self.h, max(BAND_PIXELS // (self.w * step), 1) * step)
         hidden = max(lfe.conv0.out_channels for block in body for lfe in block.lfe)
-        rows = min(self.band + 2, self.h)
-        self.shifted = image.new_empty(rows, self.w, self.c)
-        self.hidden = image.new_empty(rows * self.w * hidden)
+        self.shifted = image.new_empty(self.band + 1, self.w, self.c)
+        self.hidden = image.new_empty((self.band + 2) * self.w * hidden)
         self.shifted_hidden = image.new_empty(self.band * self.w * hidden)
         self.delta = image.new_empty(self.band, self.w, self.c)
         width = self.c // len(window_sizes)
@@ -147,23 +146,28 @@ class _Runner:
             yield start, min(start + self.band, self.h)
 
     def _lfe(self, lfe: nn.Module) -> None:
-        """Add local features to the map; a band is added once the next has read the rows above it."""
+        """Add local features to the map.
+
+        A band's widened map is made one row ahead of the band, so that it rests on rows that are not yet updated.
+        """
         (weight0, bias0), (weight1, bias1) = _matrix(lfe.conv0), _matrix(lfe.conv1)
         c, wide = self.c, lfe.conv0.out_channels
-        waiting = None
+        hidden = self.hidden[:(self.band + 2) * self.w * wide].view(-1, self.w, wide)
+        first = ahead = 0  # the rows of the map that `hidden` holds: from `first` to before `ahead`
         for start, end in self._bands():
-            low, high = max(start - 1, 0), min(end + 1, self.h)
-            near = self.shifted[:high - low]
-            _shift_rows(self.x, 0, near, low, self.h, relu=False)
-            if waiting is not None:
-                self.x[waiting] += self.delta
-            hidden = self.hidden[:(high - low) * self.w * wide].view(-1, wide)
-            torch.addmm(bias0, near.view(-1, c), weight0, out=hidden)
+            if start:
+                hidden[:2] = hidden[ahead - 2 - first:ahead - first].clone()
+                first = ahead - 2
+            new = slice(ahead, min(end + 1, self.h))
+            near, made = self.shifted[:new.stop - new.start], hidden[new.start - first:new.stop - first]
+            _shift_rows(self.x, 0, near, new.start, self.h, relu=False)
+            torch.addmm(bias0, near.view(-1, c), weight0, out=made.view(-1, wide))
+            ahead = new.stop
             far = self.shifted_hidden[:(end - start) * self.w * wide].view(-1, self.w, wide)
-            _shift_rows(hidden.view(-1, self.w, wide), low, far, start, self.h, relu=True)
-            torch.addmm(bias1, far.view(-1, wide), weight1, out=self.delta[:end - start].view(-1, c))
-            waiting = slice(start, end)
-        self.x[waiting] += self.delta[:waiting.stop - waiting.start]
+            _shift_rows(hidden, first, far, start, self.h, relu=True)
+            delta = self.delta[:end - start]
+            torch.addmm(bias1, far.view(-1, wide), weight1, out=delta.view(-1, c))
+            self.x[start:end] += delta
 
     def _gmsa(self, gmsa: nn.Module, queries: dict[tuple[int, int], Tensor], sharing: bool) -> None:
         """Add attention to the map. `queries` of the block's first module stand in where its maps are not kept."""
