@@ -10,7 +10,6 @@ through `.data`, as the toolbox's moving average makes them, leave no trace in a
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 NUM_SHIFT_GROUPS = 5
 # Pixels per band: a band of ELAN-light's widened map is then some 2.5 MB of float32.
 BAND_PIXELS = 5120
-# From this many tokens a window's attention is faster fused than as two products around a softmax.
+# From this many tokens a window's attention is computed fused, and again by each module that shares it; below, the
+# attention map is cheaper to make, and to keep for those modules.
 SMALLEST_FUSED = 256
-# Attention maps are kept for the modules that share them, smallest windows first, up to this size in all.
-KEPT_BYTES = 256 * 2**20
 
 
 def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
@@ -100,6 +98,20 @@ def _shift_rows(source: Tensor, first: int, target: Tensor, start: int, height: 
     put(target[..., 4 * group:], part[..., 4 * group:])
 
 
+class _Attention:
+    """What the passes need of a GMSA module: its projections as matrices, one into each group of windows."""
+
+    def __init__(self, gmsa: nn.Module, sharing: bool):
+        weight, bias = _folded(gmsa.project_in, gmsa.norm)
+        groups = len(gmsa.window_sizes)
+        self.projections = [(part.contiguous(), offset)
+                            for part, offset in zip(weight.chunk(groups, 1), bias.chunk(groups), strict=True)]
+        self.project_out = _matrix(gmsa.project_out)
+        self.shifted = gmsa.shifted
+        self.shares = gmsa.shares
+        self.sharing = sharing
+
+
 class _Runner:
     """The map and the buffers of one image, and the passes over them."""
 
@@ -121,32 +133,46 @@ class _Runner:
         self.maps = self._room_for_maps(image)
 
     def _room_for_maps(self, image: Tensor) -> dict[int, Tensor]:
-        """By group, memory for the attention maps that are kept: `window²` numbers for each pixel."""
-        maps, room = {}, KEPT_BYTES
-        if any(len(block.gmsa) > 1 for block in self.body):
-            for i in sorted(range(len(self.window_sizes)), key=lambda i: self.window_sizes[i]):
-                shape = (self.h * self.w // self.window_sizes[i]**2, self.window_sizes[i]**2, self.window_sizes[i]**2)
-                room -= math.prod(shape) * image.itemsize
-                if room >= 0:
-                    maps[i] = image.new_empty(shape)
-        return maps
+        """By group, memory for the attention maps that modules share: `window²` numbers for each pixel."""
+        if all(len(block.gmsa) == 1 for block in self.body):
+            return {}
+        return {i: image.new_empty(self.h * self.w // window**2, window**2, window**2)
+                for i, window in enumerate(self.window_sizes) if window**2 < SMALLEST_FUSED}
 
     def run(self) -> Tensor:
         """All blocks; the result (C, H, W) is a view of the map."""
         for block in self.body:
             queries: dict[tuple[int, int], Tensor] = {}
             for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
-                self._lfe(lfe)
-                self._gmsa(gmsa, queries, sharing=len(block.gmsa) > 1)
+                self._module(lfe, _Attention(gmsa, sharing=len(block.gmsa) > 1), queries)
         return self.x.permute(2, 0, 1)
+
+    def _module(self, lfe: nn.Module, gmsa: _Attention, queries: dict[tuple[int, int], Tensor]) -> None:
+        """Add local features, then attention, to one band after the other while it is in the cache.
+
+        Shifted windows reach into the next band, and from the last into the first: attention is one band behind then,
+        and added at the end.
+        """
+        before = None
+        for band in self._lfe(lfe):
+            if not gmsa.shifted:
+                self._attend_band(gmsa, queries, *band)
+                self._add_attended(gmsa, *band)
+            elif before:
+                self._attend_band(gmsa, queries, *before)
+            before = band
+        if gmsa.shifted:
+            self._attend_band(gmsa, queries, *before)
+            for band in self._bands():
+                self._add_attended(gmsa, *band)
 
     def _bands(self) -> Iterator[tuple[int, int]]:
         """First row and end of each band."""
         for start in range(0, self.h, self.band):
             yield start, min(start + self.band, self.h)
 
-    def _lfe(self, lfe: nn.Module) -> None:
-        """Add local features to the map.
+    def _lfe(self, lfe: nn.Module) -> Iterator[tuple[int, int]]:
+        """Add local features to the map, band by band; yields each band that is done, which may then be changed.
 
         A band's widened map is made one row ahead of the band, so that it rests on rows that are not yet updated.
         """
@@ -168,33 +194,31 @@ class _Runner:
             delta = self.delta[:end - start]
             torch.addmm(bias1, far.view(-1, wide), weight1, out=delta.view(-1, c))
             self.x[start:end] += delta
+            yield start, end
 
-    def _gmsa(self, gmsa: nn.Module, queries: dict[tuple[int, int], Tensor], sharing: bool) -> None:
-        """Add attention to the map. `queries` of the block's first module stand in where its maps are not kept."""
-        weight, bias = _folded(gmsa.project_in, gmsa.norm)
-        groups = len(self.window_sizes)
-        width = self.c // groups
-        for i, (part, offset, window) in enumerate(
-                zip(weight.chunk(groups, 1), bias.chunk(groups), self.window_sizes, strict=True)):
-            part = part.contiguous()
+    def _attend_band(self, gmsa: _Attention, queries: dict[tuple[int, int], Tensor], start: int, end: int) -> None:
+        """Attention of a band's windows. `queries` of the block's first module stand in where its maps are not kept."""
+        width = self.c // len(self.window_sizes)
+        for i, window in enumerate(self.window_sizes):
             shift = window // 2 if gmsa.shifted else 0
-            for start, end in self._bands():
-                windows = self._windows(part, offset, start, end, window, shift)
-                first = start * self.w // window**2
-                attention = self.maps[i][first:first + len(windows)] if sharing and i in self.maps else None
-                if gmsa.shares:
-                    q, v = queries.get((i, start)), windows
-                else:
-                    q, v = windows[..., :width], windows[..., width:]
-                    if sharing and attention is None:
-                        queries[i, start] = q
-                result = _attend(q, v, attention, known=gmsa.shares)
-                self._paste(result, self.attended[..., i * width:(i + 1) * width], start, end, window, shift)
-        weight, bias = _matrix(gmsa.project_out)
-        for start, end in self._bands():
-            delta = self.delta[:end - start]
-            torch.addmm(bias, self.attended[start:end].view(-1, self.c), weight, out=delta.view(-1, self.c))
-            self.x[start:end] += delta
+            windows = self._windows(*gmsa.projections[i], start, end, window, shift)
+            first = start * self.w // window**2
+            attention = self.maps[i][first:first + len(windows)] if gmsa.sharing and i in self.maps else None
+            if gmsa.shares:
+                q, v = queries.get((i, start)), windows
+            else:
+                q, v = windows[..., :width], windows[..., width:]
+                if gmsa.sharing and attention is None:
+                    queries[i, start] = q
+            result = _attend(q, v, attention, known=gmsa.shares)
+            self._paste(result, self.attended[..., i * width:(i + 1) * width], start, end, window, shift)
+
+    def _add_attended(self, gmsa: _Attention, start: int, end: int) -> None:
+        """Project what a band attended to, and add it to the map."""
+        weight, bias = gmsa.project_out
+        delta = self.delta[:end - start]
+        torch.addmm(bias, self.attended[start:end].view(-1, self.c), weight, out=delta.view(-1, self.c))
+        self.x[start:end] += delta
 
     def _windows(self, weight: Tensor, bias: Tensor, start: int, end: int, window: int, shift: int) -> Tensor:
         """Project a band, its rows `shift` further down on the torus, and cut it: (N, window², C), a new tensor."""
