@@ -11,6 +11,9 @@ HERE = Path(__file__).parent
 VERSION = {}
 exec((HERE / 'elan_basicsr' / 'version.py').read_text(encoding='utf-8'), VERSION)
 
+SPANDREL = ['spandrel>=0.4']  # networks of other architectures
+ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']  # onnxscript is what torch.onnx exports with
+
 setup(
     name='elan-basicsr',
     version=VERSION['__version__'],
@@ -38,7 +41,10 @@ setup(
     ],
     extras_require={
         'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
-        'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8'],
+        'spandrel': SPANDREL,
+        'onnx': ONNX,
+        'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8',
+                 *SPANDREL, *ONNX],
     },
     entry_points={'console_scripts': ['basicsr=elan_basicsr.cli:main', 'elan-basicsr=elan_basicsr.cli:main']},
     classifiers=[

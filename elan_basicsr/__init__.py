@@ -2,7 +2,7 @@
 
 `import elan_basicsr` repairs `basicsr` 1.4.2 for the installed versions of its dependencies and registers everything
 this package adds with BasicSR's registries: arch `ELAN`, models `ELANModel`, `RealELANNetModel` and
-`RealELANGANModel`, dataset `PairedRawLmdbDataset`.
+`RealELANGANModel`, dataset `PairedRawLmdbDataset`; and, once a program imports spandrel, with spandrel's.
 """
 from elan_basicsr import compat
 
@@ -10,10 +10,12 @@ compat.apply()  # before the first import of basicsr, which does not import with
 
 from elan_basicsr.archs import elan_arch  # noqa: E402
 from elan_basicsr.data import raw_lmdb_dataset as _raw_lmdb_dataset  # noqa: E402, F401
+from elan_basicsr.interop import on_import as _on_import  # noqa: E402
 from elan_basicsr.models import elan_model as _elan_model  # noqa: E402, F401
 from elan_basicsr.models import real_elan_model as _real_elan_model  # noqa: E402, F401
 from elan_basicsr.version import __version__  # noqa: E402
 
 ELAN = elan_arch.ELAN
+_on_import.register()
 
 __all__ = ['ELAN', '__version__']

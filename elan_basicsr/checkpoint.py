@@ -66,7 +66,7 @@ def _read_torch(path) -> dict:
     except IsADirectoryError:
         raise UserError(f'{path}: is a folder, expected a checkpoint file') from None
     except pickle.UnpicklingError as error:
-        if 'Unsupported' in str(error) or 'GLOBAL' in str(error):
+        if _is_pickle(path) and ('Unsupported' in str(error) or 'GLOBAL' in str(error)):
             found = re.search(r'GLOBAL ([\w.]+)', str(error))
             what = f' ({found.group(1)})' if found else ''
             raise UserError(f'{path}: holds Python objects beside tensors{what}, which could run code when read, so '
@@ -80,6 +80,12 @@ def _read_torch(path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f'{path}: holds a {type(content).__name__}, expected a dict of tensors')
     return content
+
+
+def _is_pickle(path) -> bool:
+    """Whether a file begins as torch.save begins its files, old and new, so that it is not just any text."""
+    with open(path, 'rb') as file:
+        return file.read(2) in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
 
 
 def _read_safetensors(path) -> dict:
@@ -197,6 +203,14 @@ def _open_taps(kernel: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)[:, :, None, None]
 
 
+def is_elan(state: StateDict) -> bool:
+    """Whether a state dict is an ELAN's, under any naming, by the names alone."""
+    names = {_native_name(name) for name in state}
+    return names.issuperset({'head.weight', 'tail.weight', 'body.0.lfe.0.conv0.weight', 'body.0.lfe.0.conv1.weight',
+                             'body.0.gmsa.0.project_in.weight', 'body.0.gmsa.0.norm.running_var',
+                             'body.0.gmsa.0.project_out.weight'})
+
+
 def elan_hyperparameters(state: StateDict) -> dict:
     """Every hyper-parameter of ELAN from the shapes of its weights, under any naming.
 
@@ -262,7 +276,11 @@ def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperp
         UserError: The file cannot be read, or is no ELAN's.
         ValueError: A hyper-parameter given cannot work.
     """
-    state = read_state_dict(path, param_key)
+    return build_elan(read_state_dict(path, param_key), path, **hyperparameters)
+
+
+def build_elan(state: StateDict, path: str | os.PathLike, **hyperparameters) -> ELAN:
+    """The ELAN of weights that have been read from `path`; see `load_elan`."""
     try:
         found = elan_hyperparameters(state)
     except UserError as error:
