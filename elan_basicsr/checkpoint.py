@@ -6,12 +6,16 @@ ours.
 """
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import pickle
 import re
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -24,6 +28,10 @@ from elan_basicsr.errors import UserError
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 # Where a masked 3x3 kernel is open for each group of input channels: right, left, below, above, itself.
 _SHIFT_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1), (1, 1))
+
+# What the weights of an ELAN do not tell, and the key under which files of ours note it beside the weights.
+UNSEEN = ('window_sizes', 'img_range', 'rgb_mean')
+NOTE = 'hyperparameters'
 
 StateDict = dict[str, Tensor]
 
@@ -43,8 +51,19 @@ def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> St
         UserError: The file is missing, truncated, no checkpoint, or holds objects other than tensors, which is never
             unpickled.
     """
+    return read_checkpoint(path, param_key)[0]
+
+
+def read_checkpoint(path: str | os.PathLike, param_key: str | None = None,
+                    exact: bool = False) -> tuple[StateDict, dict]:
+    """The network weights in a file, as `read_state_dict`, and the hyper-parameters noted beside them, if any.
+
+    With `exact`, a file that has no `param_key` is an error.
+    """
     content = _read_safetensors(path) if str(path).endswith('.safetensors') else _read_torch(path)
-    state = content
+    state, noted = content, content.pop(NOTE, None)
+    if exact and not isinstance(content.get(param_key), dict):
+        raise UserError(f'{path}: has no {param_key}; it holds {", ".join(map(str, list(content)[:4]))}')
     for key in (param_key, 'params_ema', 'params', 'model_state_dict', 'state_dict', 'model'):
         if key is not None and isinstance(content.get(key), dict):
             state = content[key]
@@ -55,7 +74,7 @@ def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> St
         found = f'{others[0]!r} is no tensor' if others else 'it is empty'
         raise UserError(f'{path}: no network weights found: {found}; expected a state dict, or one under params, '
                         'params_ema or model_state_dict')
-    return state
+    return state, {key: noted[key] for key in UNSEEN if key in noted} if isinstance(noted, dict) else {}
 
 
 def _read_torch(path) -> dict:
@@ -90,7 +109,10 @@ def _is_pickle(path) -> bool:
 
 def _read_safetensors(path) -> dict:
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, 'pt') as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}
+            content[NOTE] = json.loads((file.metadata() or {}).get(NOTE, '{}'))
+        return content
     except FileNotFoundError:
         raise UserError(f'{path}: no such file; expected a checkpoint') from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -137,12 +159,23 @@ def save_atomic(content: dict, path: str | os.PathLike) -> None:
     Raises:
         UserError: The folder cannot be written or the disk is full; a file that stood at `path` before is untouched.
     """
+    _write_atomic(lambda file: torch.save(content, file), path)
+
+
+def save_safetensors(state: StateDict, note: dict, path: str | os.PathLike) -> None:
+    """The same for weights as `.safetensors`, with the hyper-parameters of `note` in its metadata."""
+    state = {name: value.detach().clone().contiguous() for name, value in state.items()}
+    data = safetensors.torch.save(state, {'format': 'pt', NOTE: json.dumps(note)})
+    _write_atomic(lambda file: file.write(data), path)
+
+
+def _write_atomic(write: Callable[[BinaryIO], object], path: str | os.PathLike) -> None:
     path = Path(path)
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as file:
             temporary = file.name
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile makes files for the owner alone
@@ -197,10 +230,60 @@ def _native_name(name: str) -> str:
 
 def _open_taps(kernel: Tensor) -> Tensor:
     """The one open tap per group of a masked (D, C, 3, 3) kernel, as a (D, C, 1, 1) one."""
-    group = kernel.shape[1] // NUM_SHIFT_GROUPS
-    sizes = [group] * 4 + [kernel.shape[1] - 4 * group]
-    parts = [part[:, :, y, x] for part, (y, x) in zip(kernel.split(sizes, dim=1), _SHIFT_TAPS, strict=True)]
+    parts = kernel.split(_group_sizes(kernel.shape[1]), dim=1)
+    parts = [part[:, :, y, x] for part, (y, x) in zip(parts, _SHIFT_TAPS, strict=True)]
     return torch.cat(parts, dim=1)[:, :, None, None]
+
+
+def note_of(state: StateDict, noted: dict) -> dict:
+    """What is to be noted beside an ELAN's weights, all of UNSEEN, from what `read_checkpoint` has read."""
+    defaults = {key: inspect.signature(ELAN).parameters[key].default for key in UNSEEN}
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in {**defaults, **_range_and_mean(state), **noted}.items() if key in UNSEEN}
+
+
+def to_official(net: ELAN) -> StateDict:
+    """The weights of a network by the authors' names, complete: they load strictly into the authors' code.
+
+    The shift convolutions are those of their `fast-training-speed`: a fixed depthwise kernel, then the 1x1 one.
+
+    Raises:
+        UserError: The network is not one of RGB in and out, which the authors' mean-shift layers are made for.
+    """
+    mean = net.mean_in.flatten()
+    if len(mean) != 3 or not torch.equal(net.mean_in, net.mean_out):
+        raise UserError(f"the authors' code takes RGB; a network from {net.head.in_channels} to "
+                        f'{net.mean_out.numel()} channels has no official form')
+    official = {}
+    for layer, sign in (('sub_mean', -1), ('add_mean', 1)):
+        official[f'{layer}.weight'] = torch.eye(3)[:, :, None, None]
+        official[f'{layer}.bias'] = sign * mean
+    for name, value in net.state_dict().items():
+        official_name = _official_name(name)
+        if official_name.endswith('conv1x1.weight'):
+            official[official_name.replace('conv1x1.', '')] = _shift_kernel(value.shape[1])
+        official[official_name] = value
+    return official
+
+
+def _official_name(name: str) -> str:
+    name = re.sub(r'^(head|tail)\.', r'\1.0.', name)
+    name = re.sub(r'\.(lfe|gmsa)\.(\d+)\.', r'.modules_\1.\1_\2.', name)
+    name = re.sub(r'\.(conv[01])\.', r'.\1.shift_conv.conv1x1.', name)
+    return name.replace('.project_in.', '.project_inp.0.').replace('.norm.', '.project_inp.1.')
+
+
+def _shift_kernel(channels: int) -> Tensor:
+    """The depthwise kernel (C, 1, 3, 3) that shifts each group of channels."""
+    kernel = torch.zeros(channels, 1, 3, 3)
+    for part, (y, x) in zip(kernel.split(_group_sizes(channels)), _SHIFT_TAPS, strict=True):
+        part[:, :, y, x] = 1
+    return kernel
+
+
+def _group_sizes(channels: int) -> list[int]:
+    group = channels // NUM_SHIFT_GROUPS
+    return [group] * 4 + [channels - 4 * group]
 
 
 def is_elan(state: StateDict) -> bool:
@@ -246,17 +329,17 @@ def elan_hyperparameters(state: StateDict) -> dict:
 def _range_and_mean(state: StateDict) -> dict:
     """img_range and rgb_mean, where the naming tells them.
 
-    The authors' layer adds bias = img_range * rgb_mean, so that with the published mean the range is bias / mean.
+    The authors' layer adds bias = img_range * rgb_mean, so that with the published mean the range is bias / mean. With
+    another mean the range is taken for 255, or for 1 where the bias would fit it.
     traiNNer-redux uses the authors' names without that layer and trains on range 1 without a mean.
     """
-    if 'add_mean.bias' in state:
+    if 'add_mean.bias' in state and state['add_mean.bias'].shape == (3,):
         bias = state['add_mean.bias'].double()
-        if bias.shape != (3,):
-            return {}
         ratios = bias / torch.tensor(RGB_MEAN, dtype=torch.float64)
         if ratios[0] > 0 and torch.allclose(ratios, ratios[0].expand(3), rtol=1e-4):
             return {'img_range': round(ratios[0].item(), 3)}
-        return {}
+        img_range = 255. if bias.max() > 1 else 1.
+        return {'img_range': img_range, 'rgb_mean': tuple(round(value / img_range, 6) for value in bias.tolist())}
     if 'head.0.weight' in state:
         channels = state['head.0.weight'].shape[1]
         return {'img_range': 1., 'rgb_mean': (0.,) * channels}
@@ -276,16 +359,20 @@ def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperp
         UserError: The file cannot be read, or is no ELAN's.
         ValueError: A hyper-parameter given cannot work.
     """
-    return build_elan(read_state_dict(path, param_key), path, **hyperparameters)
+    state, noted = read_checkpoint(path, param_key)
+    return build_elan(state, noted, path, **hyperparameters)
 
 
-def build_elan(state: StateDict, path: str | os.PathLike, **hyperparameters) -> ELAN:
-    """The ELAN of weights that have been read from `path`; see `load_elan`."""
+def build_elan(state: StateDict, noted: dict, path: str | os.PathLike, **hyperparameters) -> ELAN:
+    """The ELAN of what `read_checkpoint` has read from `path`; see `load_elan`."""
     try:
-        found = elan_hyperparameters(state)
+        net = ELAN(**{**elan_hyperparameters(state), **noted, **hyperparameters})
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    net = ELAN(**{**found, **hyperparameters})
+    except ValueError as error:
+        if hyperparameters:
+            raise
+        raise UserError(f'{path}: {error}') from None
     _load_native(net, to_native(state), path)
     return net.eval()
 

@@ -100,6 +100,25 @@ def _add_doctor(commands) -> None:
     parser.set_defaults(call=call)
 
 
+def _add_convert(commands) -> None:
+    parser = _command(commands, 'convert', "convert a checkpoint of ELAN: BasicSR's form, the authors', safetensors",
+                      'basicsr convert model_x4_500.pt ELAN_light_x4.safetensors')
+    parser.add_argument('source', metavar='IN', help='a checkpoint of any form')
+    parser.add_argument('target', metavar='OUT', help='the new file: .pth, .pt or .safetensors')
+    parser.add_argument('--to', choices=['basicsr', 'official', 'safetensors'],
+                        help="BasicSR's params, or the authors' names for their code (default: by the name of OUT)")
+    parser.add_argument('--ema', action='store_true', help='take the average of the weights, params_ema')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.interop.convert import convert
+        net = convert(args.source, args.target, form=args.to, ema=args.ema)
+        print(f'{args.target}: ELAN x{net.upscale}, {sum(p.numel() for p in net.parameters()):,} parameters; '
+              'read back, and its results are the same to the bit')
+        return 0
+
+    parser.set_defaults(call=call)
+
+
 def _add_data(commands) -> None:
     parser = _command(commands, 'data', 'prepare and check training and test data',
                       'basicsr data build --hr photos --out datasets/photos --scales 4')
@@ -191,7 +210,7 @@ def _add_data_verify(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_data, _add_doctor)
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_data, _add_doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

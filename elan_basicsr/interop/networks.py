@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN, reflect_pad_to_multiple
-from elan_basicsr.checkpoint import build_elan, is_elan, load_into, read_state_dict
+from elan_basicsr.checkpoint import build_elan, is_elan, load_into, read_checkpoint, read_state_dict
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
@@ -55,15 +55,15 @@ def load_network(path: str | os.PathLike, device: str | torch.device = 'cpu') ->
     if path.suffix.lower() == '.onnx':
         net = OnnxNetwork(path, device).eval()
         return Network(net, net.scale, net.channels, 1, net.window, net.name)
-    state, unreadable = None, None
+    state, noted, unreadable = None, None, None
     try:
-        state = read_state_dict(path)
+        state, noted = read_checkpoint(path)
     except UserError as error:  # spandrel reads some containers that we do not, TorchScript for one
         if not path.is_file():
             raise
         unreadable = error
     if state is not None and is_elan(state):
-        return _of_elan(build_elan(state, path).to(device))
+        return _of_elan(build_elan(state, noted, path).to(device))
     return _load_with_spandrel(path, device, unreadable)
 
 
