@@ -148,12 +148,14 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Extend (B, C, H, W) at the right and below by reflection until H and W are multiples; any size from 1x1 works."""
     for dim in (2, 3):
         size = x.shape[dim]
-        padded = math.ceil(size / multiple) * multiple
-        if padded > size:
-            # Reflection without repeating the edge has this period; one index per output row covers maps smaller than
-            # their padding, which torch's reflect padding refuses.
-            period = max(2 * (size - 1), 1)
-            index = torch.arange(padded, device=x.device) % period
+        padded = (size + multiple - 1) // multiple * multiple
+        # An exported graph pads whether it must or not: comparing sizes would freeze the answer for the example's size.
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or padded > size:
+            # Reflection without repeating the edge has the period 2 * (size - 1), but 1 for a single pixel; one index
+            # per output row covers maps smaller than their padding, which torch's reflect padding refuses.
+            index = torch.arange(padded, device=x.device)
+            period = torch.ones_like(index) * (2 * (size - 1) + 1 // size)  # a tensor: ONNX has no % of two sizes
+            index = index % period
             x = x.index_select(dim, torch.where(index < size, index, period - index))
     return x
 
