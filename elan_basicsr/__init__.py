@@ -2,7 +2,8 @@
 
 `import elan_basicsr` repairs `basicsr` 1.4.2 for the installed versions of its dependencies and registers everything
 this package adds with BasicSR's registries: arch `ELAN`, models `ELANModel`, `RealELANNetModel` and
-`RealELANGANModel`, dataset `PairedRawLmdbDataset`; and, once a program imports spandrel, with spandrel's.
+`RealELANGANModel`, dataset `PairedRawLmdbDataset`. ELAN is registered with mmengine too, and with spandrel as soon as a
+program imports that.
 """
 from elan_basicsr import compat
 

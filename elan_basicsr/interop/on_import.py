@@ -14,7 +14,7 @@ import warnings
 from importlib.abc import MetaPathFinder
 
 # Module to wait for -> ours, whose `install()` registers with it.
-REGISTRATIONS = {'spandrel': 'elan_basicsr.interop.spandrel'}
+REGISTRATIONS = {'spandrel': 'elan_basicsr.interop.spandrel', 'mmengine.registry': 'elan_basicsr.interop.mmengine'}
 
 
 class _Finder(MetaPathFinder):
