@@ -13,6 +13,8 @@ exec((HERE / 'elan_basicsr' / 'version.py').read_text(encoding='utf-8'), VERSION
 
 SPANDREL = ['spandrel>=0.4']  # networks of other architectures
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']  # onnxscript is what torch.onnx exports with
+# The option files lie at the top of a checkout, and inside the installed package.
+OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'options/compare'}
 
 setup(
     name='elan-basicsr',
@@ -22,7 +24,10 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     keywords='super-resolution, image restoration, ELAN, BasicSR, PyTorch',
-    packages=find_packages(include=['elan_basicsr', 'elan_basicsr.*']),
+    packages=[*find_packages(include=['elan_basicsr', 'elan_basicsr.*']), *OPTIONS],
+    package_dir=OPTIONS,
+    package_data={'': ['*.yml', '*.html', '*.css', '*.js']},
+    py_modules=['elan_basicsr_command'],
     # The sdist of basicsr 1.4.2 cannot be built by Python 3.13: its setup reads a variable that exec() set in locals().
     python_requires='>=3.10,<3.13',
     install_requires=[
@@ -43,10 +48,12 @@ setup(
         'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
         'spandrel': SPANDREL,
         'onnx': ONNX,
+        'completion': ['shtab>=1.7'],
         'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8',
-                 *SPANDREL, *ONNX],
+                 'shtab>=1.7',
+                 'build>=1.2', *SPANDREL, *ONNX],
     },
-    entry_points={'console_scripts': ['basicsr=elan_basicsr.cli:main', 'elan-basicsr=elan_basicsr.cli:main']},
+    entry_points={'console_scripts': ['basicsr=elan_basicsr_command:main', 'elan-basicsr=elan_basicsr_command:main']},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.10',

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from elan_basicsr.errors import UserError
 from elan_basicsr.version import __version__
@@ -34,14 +34,20 @@ class _Parser(argparse.ArgumentParser):
         return ''
 
 
+def _actions(parser: argparse.ArgumentParser):
+    """Every argument of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action.choices, dict):
+            for child in action.choices.values():
+                yield from _actions(child)
+
+
 def _names(parser: argparse.ArgumentParser):
     """Every option and choice of a parser and of its commands."""
-    for action in parser._actions:
+    for action in _actions(parser):
         yield from action.option_strings
-        for choice in action.choices or ():
-            yield str(choice)
-            if isinstance(action.choices, dict):
-                yield from _names(action.choices[choice])
+        yield from map(str, action.choices or ())
 
 
 def _command(commands, name: str, help_: str, example: str) -> argparse.ArgumentParser:
@@ -117,6 +123,65 @@ def _add_convert(commands) -> None:
         return 0
 
     parser.set_defaults(call=call)
+
+
+def _add_options(commands) -> None:
+    parser = _command(commands, 'options', 'the option files that come with this package',
+                      "basicsr options copy 'train_ELAN_light_*'")
+    actions = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    for add in (_add_options_list, _add_options_copy):
+        add(actions)
+
+
+def _add_options_list(commands) -> None:
+    parser = _command(commands, 'list', 'name every option file and say what it is', 'basicsr options list')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.engine.option_files import list_options
+        for name, title in list_options():
+            print(f'{name:<36}{title}')
+        return 0
+
+    parser.set_defaults(call=call, light=True)
+
+
+def _add_options_copy(commands) -> None:
+    parser = _command(commands, 'copy', 'copy option files into a folder, to be used and changed',
+                      'basicsr options copy train_ELAN_light_x4.yml')
+    parser.add_argument('names', nargs='*', metavar='NAME', help='files or patterns (default: all)')
+    parser.add_argument('--to', default='options', metavar='DIR', help='the folder (default: options)')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.engine.option_files import copy_options
+        for path in copy_options(args.names, args.to):
+            print(path)
+        return 0
+
+    parser.set_defaults(call=call, light=True)
+
+
+def _add_completion(commands) -> None:
+    parser = _command(commands, 'completion', 'print the completion of this command for a shell',
+                      'basicsr completion bash > ~/.local/share/bash-completion/completions/basicsr')
+    parser.add_argument('shell', choices=['bash', 'zsh', 'tcsh'])
+
+    def call(args: argparse.Namespace) -> int:
+        try:
+            import shtab
+        except ImportError:
+            raise UserError('completion is written by shtab, which is not installed: pip install shtab') from None
+        whole = build_parser()
+        for action in _actions(whole):
+            if action.metavar in _PATHS:
+                action.complete = shtab.FILE
+        print(shtab.complete(whole, args.shell))
+        return 0
+
+    parser.set_defaults(call=call, light=True)
+
+
+# What stands for a path in the help, and is completed with the names of files and folders.
+_PATHS = ('FILE', 'DIR', 'PATH', 'SOURCE', 'IN', 'OUT', 'OUT.onnx', 'INPUT', 'IMAGE')
 
 
 def _add_data(commands) -> None:
@@ -210,7 +275,8 @@ def _add_data_verify(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_data, _add_doctor)
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_options, _add_data, _add_doctor,
+                _add_completion)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -224,10 +290,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for the user's mistakes, 130 when interrupted."""
+def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
+    """Run the command line and return the exit code: 0, 2 for the user's mistakes, 130 when interrupted.
+
+    `prepare` is called before a command that needs the package to be imported whole.
+    """
     args = build_parser().parse_args(argv)
     try:
+        if not getattr(args, 'light', False):
+            prepare()
         return args.call(args)
     except UserError as error:
         sys.stderr.write(f'basicsr: error: {error}\n')

@@ -1,6 +1,7 @@
 """Networks in ONNX files, run by ONNX Runtime as a module."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ class OnnxNetwork(nn.Module):
         UserError: ONNX Runtime is not installed, or the file is missing, damaged, or no network of images.
     """
 
-    def __init__(self, path: Path, device: str | torch.device = 'cpu'):
+    def __init__(self, path: str | os.PathLike, device: str | torch.device = 'cpu'):
         super().__init__()
+        path = Path(path)
         runtime = _runtime(path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
