@@ -148,9 +148,15 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Extend (B, C, H, W) at the right and below by reflection until H and W are multiples; any size from 1x1 works."""
     for dim in (2, 3):
         size = x.shape[dim]
-        padded = (size + multiple - 1) // multiple * multiple
-        # An exported graph pads whether it must or not: comparing sizes would freeze the answer for the example's size.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or padded > size:
+        windows = (size + multiple - 1) // multiple
+        if isinstance(size, torch.SymInt) and torch.compiler.is_exporting():
+            # The exporter is to take this for a size of its own. What it knows about the input's size it would reason
+            # about at every operation, for minutes, and hold the graph to what happened to be true of the example.
+            windows = torch.full((), windows, dtype=torch.int64).item()
+            torch._check(windows >= 1)
+            torch._check(windows * multiple >= size)
+        padded = windows * multiple
+        if not isinstance(size, int) or padded > size:  # a traced graph pads whether it must or not
             # Reflection without repeating the edge has the period 2 * (size - 1), but 1 for a single pixel; one index
             # per output row covers maps smaller than their padding, which torch's reflect padding refuses.
             index = torch.arange(padded, device=x.device)
