@@ -125,6 +125,29 @@ def _add_convert(commands) -> None:
     parser.set_defaults(call=call)
 
 
+def _add_export(commands) -> None:
+    parser = _command(commands, 'export', 'write an ELAN as an ONNX file',
+                      'basicsr export ELAN_light_x4.pth ELAN_light_x4.onnx --dynamic --check')
+    parser.add_argument('source', metavar='IN', help='a checkpoint of any form')
+    parser.add_argument('target', metavar='OUT.onnx', help='the new file')
+    parser.add_argument('--dynamic', action='store_true', help='for any batch, height and width')
+    parser.add_argument('--size', nargs=2, type=int, default=[128, 128], metavar=('HEIGHT', 'WIDTH'),
+                        help='of the images, if not dynamic (default: 128 128); smaller ones are padded to it')
+    parser.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators (default: the exporter's)")
+    parser.add_argument('--fp16', action='store_true', help='weights and computation in float16')
+    parser.add_argument('--check', action='store_true', help='compare with PyTorch in ONNX Runtime')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.interop.export import export
+        for size, difference in export(args.source, args.target, opset=args.opset, dynamic=args.dynamic,
+                                       size=tuple(args.size), fp16=args.fp16, check=args.check):
+            print(f'{size}: largest difference to PyTorch {difference:.1e}')
+        print(args.target)
+        return 0
+
+    parser.set_defaults(call=call)
+
+
 def _add_options(commands) -> None:
     parser = _command(commands, 'options', 'the option files that come with this package',
                       "basicsr options copy 'train_ELAN_light_*'")
@@ -275,7 +298,7 @@ def _add_data_verify(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_options, _add_data, _add_doctor,
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_doctor,
                 _add_completion)
 
 

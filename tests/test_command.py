@@ -39,7 +39,7 @@ def test_completion_knows_every_command(shell, capsys):
     from elan_basicsr.cli import main
     assert main(['completion', shell]) == 0
     script = capsys.readouterr().out
-    assert all(word in script for word in ('convert', 'options', '--auto_resume'))
+    assert all(word in script for word in ('convert', 'export', '--auto_resume', '--dynamic'))
     assert '_shtab_compgen_files' in script or '_files' in script
 
 
