@@ -12,6 +12,7 @@ VERSION = {}
 exec((HERE / 'elan_basicsr' / 'version.py').read_text(encoding='utf-8'), VERSION)
 
 SPANDREL = ['spandrel>=0.4']  # networks of other architectures
+REPORT = ['matplotlib>=3.8']
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']  # onnxscript is what torch.onnx exports with
 # The option files lie at the top of a checkout, and inside the installed package.
 OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'options/compare'}
@@ -48,10 +49,11 @@ setup(
         'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
         'spandrel': SPANDREL,
         'onnx': ONNX,
+        'report': REPORT,
         'completion': ['shtab>=1.7'],
         'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8',
                  'shtab>=1.7',
-                 'build>=1.2', *SPANDREL, *ONNX],
+                 'build>=1.2', *SPANDREL, *ONNX, *REPORT],
     },
     entry_points={'console_scripts': ['basicsr=elan_basicsr_command:main', 'elan-basicsr=elan_basicsr_command:main']},
     classifiers=[

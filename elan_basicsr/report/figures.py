@@ -1,0 +1,127 @@
+"""The field's figures, drawn with matplotlib: bubbles of PSNR against cost, training curves, strips of crops, maps."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from elan_basicsr.errors import UserError
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
+LARGEST_BUBBLE = 1600
+"""Area of the largest bubble in square points; the others are in proportion to their parameters."""
+AXES = {'latency': ('latency in seconds', 1.), 'macs': ('multiply-adds (MACs) in G', 1e-9)}
+
+
+def new_figure(width: float, height: float):
+    """A matplotlib figure of that many inches. It belongs to no window, so nothing has to be closed.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures need matplotlib, which is not installed; pip install 'elan-basicsr[report]'") from None
+    return Figure(figsize=(width, height), dpi=150, layout='constrained')
+
+
+def colour(index: int) -> str:
+    """The colour of the network at a position, the same in every figure."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def save(figure, path: str | os.PathLike) -> None:
+    """Write a figure as the file's extension says.
+
+    Raises:
+        UserError: The file cannot be written, or its extension is none that matplotlib knows.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: the figure cannot be written ({" ".join(str(error).split())})') from None
+
+
+# ---------------------------------------------------------------------------------------------------------- bubbles
+
+def bubble_chart(rows: Sequence[Mapping], x: str, path: str | os.PathLike) -> None:
+    """Draw one bubble per network: PSNR against latency or MACs, the area in proportion to the parameters.
+
+    Args:
+        rows: Networks as mappings with `name`, `parameters`, and any of `psnr` (dB), `latency` (seconds) and `macs`.
+            Without any PSNR, latency and MACs are drawn against each other. A row with PSNR but without cost, such as
+            bicubic, is a dashed line.
+        x: `latency` or `macs`, the horizontal axis; logarithmic when its largest value is over four times the smallest.
+        path: The file, `.png`, `.pdf` or `.svg`.
+
+    Raises:
+        UserError: matplotlib is missing, there is nothing to draw, or the file cannot be written.
+    """
+    with_psnr = any(row.get('psnr') is not None for row in rows)
+    y = 'psnr' if with_psnr else 'macs' if x == 'latency' else 'latency'
+    bubbles = [(i, row) for i, row in enumerate(rows) if row.get(x) and row.get(y) is not None]
+    if not bubbles:
+        raise UserError(f'{path}: nothing to draw: no network has both {x} and {y}')
+    figure = new_figure(7, 5)
+    axes = figure.add_subplot()
+    largest = max(row['parameters'] for _, row in bubbles) or 1
+    points = []
+    for i, row in sorted(bubbles, key=lambda pair: -pair[1]['parameters']):  # small ones lie on top
+        at = (row[x] * AXES[x][1], row[y] * AXES[y][1] if y in AXES else row[y])
+        area = LARGEST_BUBBLE * row['parameters'] / largest
+        axes.scatter(*at, s=area, color=colour(i), alpha=0.75, linewidths=1, edgecolors='white', zorder=3)
+        points.append((at, (area / np.pi) ** 0.5, f'{row["name"]}\n{si(row["parameters"])} parameters'))
+    for i, row in enumerate(rows):
+        if with_psnr and not row.get(x) and row.get('psnr') is not None:
+            axes.axhline(row['psnr'], color=colour(i), linestyle='--', linewidth=1)
+            axes.annotate(row['name'], (0.01, row['psnr']), xycoords=('axes fraction', 'data'), xytext=(0, 3),
+                          textcoords='offset points', color=colour(i), fontsize=9)
+    _scale_axes(axes, x, y, [at for at, _, _ in points])
+    _place_labels(figure, axes, points)
+    axes.grid(True, which='major', color='0.9', zorder=0)
+    save(figure, path)
+
+
+def si(value: float) -> str:
+    """A count with three digits and a prefix: 601488 is 601K, 43.2e9 is 43.2G."""
+    for prefix, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('K', 1e3)):
+        if value >= 0.9995 * size:
+            return f'{value / size:.3g}{prefix}'
+    return f'{value:.3g}'
+
+
+def _scale_axes(axes, x: str, y: str, points: Sequence[tuple[float, float]]) -> None:
+    """Labels, logarithms where values are apart, round ticks, and room for bubbles and labels at the edges."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    for axis, name, values in ((axes.xaxis, x, [p[0] for p in points]), (axes.yaxis, y, [p[1] for p in points])):
+        side = axis.axis_name
+        axis.set_label_text(AXES[name][0] if name in AXES else 'PSNR in dB')
+        if name in AXES and max(values) > 4 * min(values) > 0:
+            getattr(axes, f'set_{side}scale')('log')
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+            axis.set_minor_formatter(NullFormatter())
+    axes.margins(0.2, 0.25)
+
+
+def _place_labels(figure, axes, points: Sequence[tuple]) -> None:
+    """Write each label beside its bubble, on the first side where it covers no other label and stays inside."""
+    taken = []
+    for at, radius, text in points:
+        gap = radius + 3
+        for offset, horizontal, vertical in (((0, gap), 'center', 'bottom'), ((0, -gap), 'center', 'top'),
+                                             ((gap, 0), 'left', 'center'), ((-gap, 0), 'right', 'center')):
+            label = axes.annotate(text, at, xytext=offset, textcoords='offset points', ha=horizontal, va=vertical,
+                                  fontsize=8, zorder=4)
+            figure.draw_without_rendering()
+            box = label.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if (inside and not any(box.overlaps(other) for other in taken)) or offset == (-gap, 0):
+                break
+            label.remove()
+        taken.append(box)
