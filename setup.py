@@ -27,7 +27,7 @@ setup(
     keywords='super-resolution, image restoration, ELAN, BasicSR, PyTorch',
     packages=[*find_packages(include=['elan_basicsr', 'elan_basicsr.*']), *OPTIONS],
     package_dir=OPTIONS,
-    package_data={'': ['*.yml', '*.html', '*.css', '*.js']},
+    package_data={'': ['*.yml', '*.jinja']},
     py_modules=['elan_basicsr_command'],
     # The sdist of basicsr 1.4.2 cannot be built by Python 3.13: its setup reads a variable that exec() set in locals().
     python_requires='>=3.10,<3.13',
@@ -44,6 +44,7 @@ setup(
         'pyyaml>=6.0',
         'rich>=13',  # mmengine's own dependency; draws the progress line
         'safetensors>=0.4',
+        'jinja2>=3.1',  # torch brings it
     ],
     extras_require={
         'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
@@ -53,7 +54,7 @@ setup(
         'completion': ['shtab>=1.7'],
         'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8',
                  'shtab>=1.7',
-                 'build>=1.2', *SPANDREL, *ONNX, *REPORT],
+                 'build>=1.2', *SPANDREL, *ONNX, *REPORT, 'playwright>=1.45'],
     },
     entry_points={'console_scripts': ['basicsr=elan_basicsr_command:main', 'elan-basicsr=elan_basicsr_command:main']},
     classifiers=[

@@ -298,7 +298,35 @@ def _add_data_verify(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_doctor,
+def _add_compare(commands) -> None:
+    parser = _command(commands, 'compare', 'compare networks on the same images: tables, figures, one HTML report',
+                      'basicsr compare ELAN=elan.pth EDSR=edsr.yml bicubic --data datasets/Set5 -o results/compare')
+    parser.add_argument('files', nargs='+', metavar='FILE',
+                        help='checkpoints, option files with their weights, or bicubic; NAME=FILE gives a name')
+    parser.add_argument('--data', nargs='+', default=[], metavar='DIR',
+                        help='folders as `basicsr data benchmark` makes them, or of HR images alone')
+    parser.add_argument('-opt', metavar='FILE', help='an option file, whose test sets are used')
+    parser.add_argument('-o', '--out', default='results/compare', metavar='DIR',
+                        help='folder of the report (default: results/compare)')
+    parser.add_argument('--logs', nargs='+', default=[], metavar='PATH',
+                        help='logs or folders of trainings, whose curves are drawn')
+    parser.add_argument('--images', nargs='+', default=[], metavar='NAME',
+                        help='the images shown (default: the five on which the networks differ most)')
+    parser.add_argument('--crop', nargs=3, type=int, metavar=('LEFT', 'TOP', 'EDGE'),
+                        help='the square shown, in HR pixels (default: where the networks differ most)')
+    parser.add_argument('--tile', type=int, default=0, metavar='N', help='restore in tiles of N LR pixels')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: the GPU if there is one')
+    parser.add_argument('--overwrite', action='store_true', help='replace the files of an earlier report')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.report.compare import compare
+        return compare(args.files, out=args.out, data=args.data, opt=args.opt, logs=args.logs, images=args.images,
+                       crop=args.crop, device=args.device, tile=args.tile, overwrite=args.overwrite)
+
+    parser.set_defaults(call=call)
+
+
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_compare, _add_doctor,
                 _add_completion)
 
 

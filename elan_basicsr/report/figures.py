@@ -115,13 +115,138 @@ def _place_labels(figure, axes, points: Sequence[tuple]) -> None:
     for at, radius, text in points:
         gap = radius + 3
         for offset, horizontal, vertical in (((0, gap), 'center', 'bottom'), ((0, -gap), 'center', 'top'),
-                                             ((gap, 0), 'left', 'center'), ((-gap, 0), 'right', 'center')):
+                                             ((gap, 0), 'left', 'center'), ((-gap, 0), 'right', 'center'),
+                                             ((0, gap + 30), 'center', 'bottom'), ((0, -gap - 30), 'center', 'top')):
             label = axes.annotate(text, at, xytext=offset, textcoords='offset points', ha=horizontal, va=vertical,
                                   fontsize=8, zorder=4)
             figure.draw_without_rendering()
             box = label.get_window_extent()
             inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            if (inside and not any(box.overlaps(other) for other in taken)) or offset == (-gap, 0):
+            if (inside and not any(box.overlaps(other) for other in taken)) or offset == (0, -gap - 30):
                 break
             label.remove()
         taken.append(box)
+
+
+# ----------------------------------------------------------------------------------------------------------- curves
+
+def training_curves(runs: Mapping[str, Mapping[str, Mapping[int, float]]], path: str | os.PathLike) -> None:
+    """Draw the curves of several runs, one panel per quantity, every run on the same axis.
+
+    Args:
+        runs: For each run's name its quantities, each as values by iteration; see `training_log.read_run`.
+        path: The file.
+
+    Raises:
+        UserError: matplotlib is missing, there is nothing to draw, or the file cannot be written.
+    """
+    panels = list(dict.fromkeys(quantity for run in runs.values() for quantity in run))
+    if not panels:
+        raise UserError(f'{path}: nothing to draw: the logs hold no iterations yet')
+    figure = new_figure(7, 3.2 * len(panels))
+    for quantity, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+        for i, (name, run) in enumerate(runs.items()):
+            curve = run.get(quantity)
+            if curve:
+                few = len(curve) <= 40
+                axes.plot(list(curve), list(curve.values()), label=name, color=colour(i), linewidth=1.2,
+                          marker='o' if few else None, markersize=3)
+        if quantity.startswith('l_'):
+            axes.set_yscale('log')
+        axes.set_ylabel(quantity)
+        axes.grid(True, color='0.9')
+        axes.legend(fontsize=8)
+    axes.set_xlabel('iteration')
+    save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ strips
+
+def strip(image: np.ndarray, box: tuple[int, int, int], crops: Sequence[tuple[str, np.ndarray]],
+          path: str | os.PathLike) -> None:
+    """Draw an image with a marked square, and beside it the square of the image and of each network, two to four a row.
+
+    Args:
+        image: HR, (H, W, 3) BGR, uint8.
+        box: Left, top and edge of the square in pixels.
+        crops: Caption and square, (edge, edge, 3) BGR, uint8, the first one HR's.
+        path: The file.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    from matplotlib.patches import Rectangle
+    rows = 1 if len(crops) <= 3 else 2
+    columns = -(-len(crops) // rows)
+    side, caption = 1.9, 0.45
+    height = rows * (side + caption)
+    width = min(height * image.shape[1] / image.shape[0], 2.5 * height)
+    figure = new_figure(width + columns * side, height)
+    whole, grid = figure.subfigures(1, 2, width_ratios=[width, columns * side])
+    axes = whole.subplots()
+    axes.imshow(image[..., ::-1])
+    left, top, edge = box
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), edge, edge, fill=False, edgecolor='#D55E00', linewidth=1.5))
+    axes.axis('off')
+    places = grid.subplots(rows, columns, squeeze=False).ravel()
+    for place in places:
+        place.axis('off')
+    for place, (text, crop) in zip(places, crops, strict=False):
+        place.imshow(crop[..., ::-1], interpolation='nearest')
+        place.set_title(text, fontsize=8)
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------------------- maps
+
+def attribution_figure(image: np.ndarray, box: tuple[int, int, int], columns: Sequence[Mapping],
+                       path: str | os.PathLike) -> None:
+    """Draw, for each network side by side, its result in a patch, its local attribution map and its receptive field.
+
+    Args:
+        image: The network's input, (H, W, 3) RGB in 0..1.
+        box: Left, top and edge of the patch in its pixels.
+        columns: For each network `name`, `patch` (the result there, RGB in 0..1), `attribution` (H, W), not negative,
+            `diffusion_index`, `receptive_field` (K, K) and `reach`, the edge of the central square that holds 95 % of
+            it.
+        path: The file.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    from matplotlib.patches import Rectangle
+    figure = new_figure(2.4 * (1 + len(columns)), 7.4)
+    axes = figure.subplots(3, 1 + len(columns), squeeze=False)
+    for place in axes.ravel():
+        place.set_xticks([])
+        place.set_yticks([])
+    left, top, edge = box
+    axes[0, 0].imshow(image)
+    axes[0, 0].add_patch(Rectangle((left - 0.5, top - 0.5), edge, edge, fill=False, edgecolor='#D55E00'))
+    axes[0, 0].set_title('input and patch', fontsize=9)
+    for place, text in ((axes[1, 0], 'local attribution:\nwhich pixels of the input\nthe patch is made from\n\n'
+                                     'DI: diffusion index, larger\nwhere more pixels count'),
+                        (axes[2, 0], 'effective receptive field:\nwhere a pixel of the output\nlooks, on the average\n'
+                                     '(logarithmic)')):
+        place.text(0.5, 0.5, text, ha='center', va='center', fontsize=8, transform=place.transAxes)
+        place.axis('off')
+    grey = image.mean(axis=2)
+    for place, column in zip(axes[:, 1:].T, columns, strict=True):
+        place[0].imshow(column['patch'].clip(0, 1), interpolation='nearest')
+        place[0].set_title(column['name'], fontsize=9)
+        place[1].imshow(0.5 + 0.5 * grey, cmap='gray', vmin=0, vmax=1)
+        place[1].imshow(_red(column['attribution']))
+        place[1].add_patch(Rectangle((left - 0.5, top - 0.5), edge, edge, fill=False, edgecolor='#0072B2'))
+        place[1].set_title(f'DI {column["diffusion_index"]:.2f}', fontsize=9)
+        field = column['receptive_field']
+        place[2].imshow(np.log10(field / field.max() + 1e-4), cmap='magma', vmin=-4, vmax=0)
+        place[2].set_title(f'95 % within {column["reach"]}x{column["reach"]} pixels', fontsize=9)
+    save(figure, path)
+
+
+def _red(values: np.ndarray) -> np.ndarray:
+    """Values as red whose opacity is the square root of their share of the largest, so that weak ones can be seen."""
+    rgba = np.zeros((*values.shape, 4))
+    rgba[..., 0] = 0.85
+    rgba[..., 3] = np.sqrt(values / max(values.max(), np.finfo(float).tiny))
+    return rgba

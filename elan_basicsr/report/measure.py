@@ -1,0 +1,148 @@
+"""Image quality as super-resolution papers report it, and what can be concluded from a few images."""
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import stats
+
+from basicsr.metrics import calculate_niqe, calculate_psnr, calculate_ssim
+
+NIQE_BLOCK = 96
+CONFIDENCE = 0.95
+
+Values = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is shown: its label, its decimals, and whether more is better."""
+    label: str
+    digits: int
+    higher_is_better: bool
+
+
+METRICS = {
+    'psnr_y': Metric('PSNR Y (dB)', 2, True),
+    'ssim_y': Metric('SSIM Y', 4, True),
+    'psnr_rgb': Metric('PSNR RGB (dB)', 2, True),
+    'ssim_rgb': Metric('SSIM RGB', 4, True),
+    'niqe': Metric('NIQE', 3, False),
+    'lpips': Metric('LPIPS', 4, False),
+    'dists': Metric('DISTS', 4, False),
+}
+
+
+def measure(image: np.ndarray, hr: np.ndarray, border: int, perceptual: Mapping[str, Callable] | None = None) -> Values:
+    """Every metric of one restored image.
+
+    Args:
+        image, hr: (H, W, 3) BGR, uint8.
+        border: Pixels cut off at each edge, the scale in every table; LPIPS and DISTS see the whole image.
+        perceptual: What `perceptual_metrics` found.
+
+    Returns:
+        Values by the keys of `METRICS`. PSNR of equal images, and NIQE of images with fewer than two blocks of 96x96
+        pixels, are None.
+    """
+    values: Values = {}
+    for suffix, on_y in (('y', True), ('rgb', False)):
+        psnr = calculate_psnr(image, hr, crop_border=border, test_y_channel=on_y)
+        values[f'psnr_{suffix}'] = float(psnr) if math.isfinite(psnr) else None
+        values[f'ssim_{suffix}'] = float(calculate_ssim(image, hr, crop_border=border, test_y_channel=on_y))
+    values['niqe'] = _niqe(image, border)
+    for name, metric in (perceptual or {}).items():
+        values[name] = metric(image, hr)
+    return values
+
+
+def _niqe(image: np.ndarray, border: int) -> float | None:
+    blocks = math.prod((edge - 2 * border) // NIQE_BLOCK for edge in image.shape[:2])
+    if blocks < 2:  # its covariance is over blocks
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # blocks of one colour divide by zero and are left out
+        try:
+            value = float(np.squeeze(calculate_niqe(image, crop_border=border)))
+        except np.linalg.LinAlgError:  # all of them are of one colour
+            return None
+    return value if math.isfinite(value) else None
+
+
+def perceptual_metrics(device: str) -> tuple[dict[str, Callable], list[str]]:
+    """LPIPS and DISTS through pyiqa, as functions of two BGR uint8 images, and notes on what is not to be had."""
+    try:
+        import pyiqa
+    except ImportError:
+        return {}, ['LPIPS and DISTS are left out: pyiqa is not installed.']
+    found, notes = {}, []
+    for name in ('lpips', 'dists'):
+        try:
+            metric = pyiqa.create_metric(name, device=device)
+        except Exception as error:  # pyiqa fetches weights on first use, which fails in every way there is
+            notes.append(f'{name.upper()} is left out: pyiqa could not load it ({" ".join(str(error).split())[:120]}).')
+            continue
+        found[name] = lambda image, hr, metric=metric: _perceptual(metric, image, hr, device)
+    return found, notes
+
+
+def _perceptual(metric: Callable, image: np.ndarray, hr: np.ndarray, device: str) -> float:
+    import torch
+
+    from basicsr.utils import img2tensor
+    with torch.no_grad():
+        pair = [img2tensor(each.astype(np.float32) / 255)[None].to(device) for each in (image, hr)]
+        return float(metric(*pair))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values there are, or None."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def paired_difference(first: Sequence[float | None], second: Sequence[float | None]) -> dict | None:
+    """The mean of `first - second` over images, with its 95 % bootstrap interval.
+
+    The interval is the percentile bootstrap over images (Efron and Tibshirani 1993, chapter 13), from 9,999 resamples
+    of a fixed seed. Of a handful of images it is too narrow rather than too wide.
+
+    Returns:
+        `mean`, `low`, `high` (None with fewer than two images), `images`, and `larger`, on how many of them `first` is
+        larger; None where no image has both values.
+    """
+    pairs = zip(first, second, strict=True)
+    differences = np.array([a - b for a, b in pairs if a is not None and b is not None])
+    if differences.size == 0:
+        return None
+    low = high = None
+    if differences.size > 1:
+        interval = stats.bootstrap((differences,), np.mean, confidence_level=CONFIDENCE, method='percentile',
+                                   random_state=0).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    return {'mean': float(differences.mean()), 'low': low, 'high': high, 'images': int(differences.size),
+            'larger': int((differences > 0).sum())}
+
+
+def all_differences(rows: Sequence[Mapping], networks: Sequence[str], metrics: Sequence[str]) -> list[dict]:
+    """`paired_difference` of every two networks on every data set.
+
+    Args:
+        rows: One per data set, image and network, with `dataset`, `image`, `network` and the metrics.
+        networks: Names, in the order of the table.
+        metrics: Keys of `METRICS`.
+    """
+    found = []
+    for dataset in dict.fromkeys(row['dataset'] for row in rows):
+        for first, second in combinations(networks, 2):
+            for metric in metrics:
+                values = {network: [row[metric] for row in rows if row['dataset'] == dataset
+                                    and row['network'] == network] for network in (first, second)}
+                difference = paired_difference(values[first], values[second])
+                if difference is not None:
+                    found.append({'dataset': dataset, 'metric': metric, 'first': first, 'second': second, **difference})
+    return found

@@ -1,0 +1,159 @@
+"""A comparison gives the digits of `basicsr test`, and a report that stands alone."""
+import csv
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from elan_basicsr import ELAN
+from elan_basicsr.cli import main
+from elan_basicsr.report import compare as module
+from elan_basicsr.report.compare import compare, most_different_square
+
+pytest.importorskip('matplotlib')
+NAMES = ['first', '<b> & second', 'EDSR', 'bicubic']
+
+
+@pytest.fixture(scope='module')
+def inputs(data, tmp_path_factory):
+    """Two ELANs, an EDSR with its option file, and a set as `basicsr data benchmark` lays it out, all x2 and small."""
+    from basicsr.utils.registry import ARCH_REGISTRY
+    root = tmp_path_factory.mktemp('inputs')
+    for seed, name in enumerate(('a', 'b')):
+        torch.manual_seed(seed)
+        net = ELAN(upscale=2, num_feat=15, num_block=2)
+        torch.save({'params': net.state_dict()}, root / f'{name}.pth')
+    arguments = dict(num_in_ch=3, num_out_ch=3, num_feat=8, num_block=1, upscale=2)
+    torch.save({'params': ARCH_REGISTRY.get('EDSR')(**arguments).state_dict()}, root / 'edsr.pth')
+    (root / 'edsr.yml').write_text(yaml.safe_dump({
+        'scale': 2, 'network_g': {'type': 'EDSR', **arguments},
+        'path': {'pretrain_network_g': str(root / 'edsr.pth')}}))
+    shutil.copytree(data / 'test' / 'GT', root / 'three' / 'GTmod12')
+    shutil.copytree(data / 'test' / 'LR', root / 'three' / 'LRbicx2')
+    return root
+
+
+@pytest.fixture(scope='module')
+def report(inputs, tmp_path_factory):
+    """The folder of a report."""
+    out = tmp_path_factory.mktemp('report') / 'new'
+    files = [f'first={inputs / "a.pth"}', f'<b> & second={inputs / "b.pth"}', f'EDSR={inputs / "edsr.yml"}', 'bicubic']
+    assert main(['compare', *files, '--data', str(inputs / 'three'), '-o', str(out)]) == 0
+    return out
+
+
+def rows_of(report):
+    with open(report / 'per_image.csv', newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_digits_are_those_of_basicsr_test(inputs, report, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    border = {'crop_border': 2}
+    options = {
+        'name': 'check', 'model_type': 'ELANModel', 'scale': 2, 'num_gpu': 0,
+        'datasets': {'test': {'name': 'three', 'type': 'PairedImageDataset', 'io_backend': {'type': 'disk'},
+                              'dataroot_gt': str(inputs / 'three' / 'GTmod12'),
+                              'dataroot_lq': str(inputs / 'three' / 'LRbicx2')}},
+        'network_g': {'type': 'ELAN', 'upscale': 2, 'num_feat': 15, 'num_block': 2},
+        'path': {'pretrain_network_g': str(inputs / 'a.pth')},
+        'val': {'metrics': {'psnr_y': {'type': 'calculate_psnr', 'test_y_channel': True, **border},
+                            'ssim_y': {'type': 'calculate_ssim', 'test_y_channel': True, **border},
+                            'psnr_rgb': {'type': 'calculate_psnr', **border},
+                            'ssim_rgb': {'type': 'calculate_ssim', **border}}},
+    }
+    (tmp_path / 'test.yml').write_text(yaml.safe_dump(options))
+    assert main(['test', '-opt', 'test.yml']) == 0
+    log = next((tmp_path / 'results' / 'check').glob('*.log')).read_text()
+    means = json.loads((report / 'comparison.json').read_text())['means'][0]
+    assert means['network'] == 'first' and means['images'] == 3
+    for metric, value in re.findall(r'# (\w+): ([\d.]+)', log):
+        assert f'{means[metric]:.4f}' == value
+    # The same sets from the option file are the same images.
+    assert main(['compare', str(inputs / 'a.pth'), '-opt', 'test.yml', '-o', 'again']) == 0
+    assert [row['psnr_y'] for row in rows_of(tmp_path / 'again')] == [
+        row['psnr_y'] for row in rows_of(report) if row['network'] == 'first']
+
+
+def test_every_image_is_in_the_tables_with_every_network(report):
+    rows = rows_of(report)
+    assert [row['network'] for row in rows] == NAMES * 3
+    assert sorted({row['image'] for row in rows}) == ['hubble_deep_field', 'immunohistochemistry', 'retina']
+    result = json.loads((report / 'comparison.json').read_text())
+    assert [float(row['psnr_y']) for row in rows] == [row['psnr_y'] for row in result['images']]
+    assert len(result['differences']) == 2 * 6
+    for row in rows:
+        name = row["network"].replace("<b> & second", "_b_second")
+        written = report / 'images' / 'three' / f'{row["image"]}_{name}.png'
+        assert cv2.imread(str(written)) is not None
+
+
+def test_hr_images_alone_are_reduced_by_the_bicubic(inputs, report, tmp_path):
+    assert compare([str(inputs / 'a.pth')], data=[str(inputs / 'three' / 'GTmod12')], out=tmp_path / 'out') == 0
+    ours = {row['image']: row['psnr_y'] for row in rows_of(tmp_path / 'out')}
+    assert ours == {row['image']: row['psnr_y'] for row in rows_of(report) if row['network'] == 'first'}
+
+
+def test_nothing_is_overwritten_unasked(inputs, report, capsys):
+    before = {path: path.read_bytes() for path in report.rglob('*') if path.is_file()}
+    words = ['compare', str(inputs / 'a.pth'), '--data', str(inputs / 'three'), '-o', str(report)]
+    assert main(words) == 2
+    assert 'nothing is overwritten unasked' in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in report.rglob('*') if path.is_file()}
+
+
+def test_the_square_is_where_networks_differ_most():
+    images = [np.zeros((60, 150, 3), np.uint8) for _ in range(3)]
+    images[1][30:50, 100:120] = 200
+    left, top, edge = most_different_square(images)
+    assert edge == 24 and left <= 100 and left + edge >= 120 and top <= 30 and top + edge >= 50
+    assert most_different_square([np.zeros((9, 7, 3), np.uint8)] * 2) == (0, 0, 7)
+
+
+@pytest.mark.parametrize('words, expected', [
+    (['bicubic', '--data', '{three}'], 'nothing but bicubic'),
+    (['{a}'], 'no images; expected --data DIR or -opt FILE'),
+    (['{a}', '--data', '{root}/absent'], 'absent: no such folder'),
+    (['{root}/absent.pth', '--data', '{three}'], 'absent.pth: no such file'),
+    (['{root}/absent.yml', '--data', '{three}'], 'absent.yml: no such option file'),
+    (['x={a}', 'x={b}', '--data', '{three}'], 'the name x is taken'),
+    (['HR={a}', '--data', '{three}'], 'the name HR is taken'),
+    (['{a}', '--data', '{three}', '--images', 'lena'], '--images lena: no such image in the data'),
+    (['{a}', '--data', '{three}', '--crop', '50', '50', '60'], '--crop 50 50 60: is not inside'),
+    (['{a}', '--data', '{three}', '--crop', '0', '0', '0'], '--crop 0 0 0: is not inside'),
+    (['{a}', '{x3}', '--data', '{three}'], 'expected networks of one scale'),
+    (['{a}', '--data', '{three}', '{three}'], 'expected each set and image once'),
+    (['{a}', '--data', '{three}', '--logs', '{root}'], 'holds no train_'),
+    (['{a}', '--data', '{three}', '-o', '{a}'], 'is a file, expected a folder'),
+    (['{x3}', '--data', '{three}'], 'LRbicx3: no such folder'),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(words, expected, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(ELAN(upscale=3, num_feat=15, num_block=2).state_dict(), tmp_path / 'x3.pth')
+    values = {'root': inputs, 'three': inputs / 'three', 'a': inputs / 'a.pth', 'b': inputs / 'b.pth', 'x3': 'x3.pth'}
+    assert main(['compare', *(word.format(**values) for word in words)]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed and printed.count('\n') == 1
+    assert not (tmp_path / 'results').exists()
+
+
+def test_a_checkpoint_of_a_run_is_named_after_the_run(inputs, tmp_path):
+    path = tmp_path / 'experiments' / 'my_run' / 'models' / 'net_g_5000.pth'
+    path.parent.mkdir(parents=True)
+    shutil.copy(inputs / 'a.pth', path)
+    found = module.load_contenders([str(path), str(path), str(inputs / 'a.pth')], 'cpu')
+    assert [contender.name for contender in found] == ['my_run', 'my_run-2', 'a']
+
+
+@pytest.mark.slow
+def test_the_trained_network_has_its_known_figures_on_set5(shared, tmp_path):
+    compare([str(shared / 'trained' / 'light_x4.pt'), 'bicubic'], data=[str(shared / 'data' / 'Set5')],
+            out=tmp_path / 'out')
+    ours, bicubic = json.loads((tmp_path / 'out' / 'comparison.json').read_text())['means']
+    assert (round(ours['psnr_y'], 4), round(ours['ssim_y'], 4)) == (30.5438, 0.8646)
+    assert round(bicubic['psnr_y'], 2) == 28.43
