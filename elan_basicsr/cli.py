@@ -326,8 +326,29 @@ def _add_compare(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_compare, _add_doctor,
-                _add_completion)
+def _add_explain(commands) -> None:
+    parser = _command(commands, 'explain', 'draw which pixels networks use: attribution maps and receptive fields',
+                      'basicsr explain photo.png --weights ELAN=elan.pth EDSR=edsr.yml -o explained.png')
+    parser.add_argument('image', metavar='IMAGE', help="the networks' input; of a large one a part is looked at")
+    parser.add_argument('--weights', nargs='+', required=True, metavar='FILE',
+                        help='checkpoints, or option files with their weights; NAME=FILE gives a name')
+    parser.add_argument('--patch', nargs=3, type=int, metavar=('LEFT', 'TOP', 'EDGE'),
+                        help='the patch explained, in pixels of IMAGE (default: the most detailed place)')
+    parser.add_argument('-o', '--out', default='explained.png', metavar='FILE',
+                        help='the figure (default: explained.png)')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: the GPU if there is one')
+    parser.add_argument('--overwrite', action='store_true', help='replace the figure if it is there')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.report.attribution import explain
+        return explain(args.image, args.weights, out=args.out, patch=args.patch, device=args.device,
+                       overwrite=args.overwrite)
+
+    parser.set_defaults(call=call)
+
+
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_compare, _add_explain,
+                _add_doctor, _add_completion)
 
 
 def build_parser() -> argparse.ArgumentParser:

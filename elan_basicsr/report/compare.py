@@ -62,8 +62,6 @@ class Contender:
         if self.network is None:
             return imresize(lr, scale)
         x = img2tensor(lr.astype(np.float32) / 255)[None].to(device)
-        if self.network.channels[0] == 1:
-            raise UserError(f'{self.name}: works on grey images; compare expects networks for colour')
         with torch.no_grad():
             y = inference.forward(self.network.net, x, scale=scale, tile=tile)
         return tensor2img([y])
@@ -137,7 +135,7 @@ def load_contenders(files: Sequence[str], device: str) -> list[Contender]:
     """The networks of `FILE`, `NAME=FILE` or `bicubic`, in that order, each under a name of its own.
 
     Raises:
-        UserError: A file holds no network, or one name is given twice.
+        UserError: A file holds no network for colour images, or one name is given twice.
     """
     found: dict[str, Contender] = {}
     taken = {'hr'}  # names of files, without regard to case
@@ -155,7 +153,11 @@ def open_network(file: str, device: str):
     """The network in a checkpoint or of an option file; see `elan_basicsr.interop.networks`."""
     from elan_basicsr.interop.networks import load_network, load_option_file
     load = load_option_file if file.lower().endswith(('.yml', '.yaml')) else load_network
-    return load(file, device)
+    network = load(file, device)
+    if network.channels != (3, 3):
+        raise UserError(f'{file}: the network has {network.channels[0]} channels in and {network.channels[1]} out; '
+                        'expected one for colour images')
+    return network
 
 
 def _default_name(file: str) -> str:

@@ -54,7 +54,7 @@ def _pairs_of_folder(folder: Path, scale: int) -> Iterator[Pair]:
     hr = next((folder / sub for sub in HR_FOLDERS if (folder / sub).is_dir()), None)
     if hr is None:
         for key, path in find_images(folder).items():
-            img = _eight_bit(read_bgr(path))
+            img = eight_bit(read_bgr(path))
             img = img[:img.shape[0] // scale * scale, :img.shape[1] // scale * scale]
             if img.size == 0:
                 raise UserError(f'{path}: is smaller than {scale}x{scale} pixels')
@@ -84,5 +84,6 @@ def _pairs_of_dataset(options: dict, phase: str) -> Iterator[Pair]:
         yield Pair(dataset.opt['name'], name, hr, lr)
 
 
-def _eight_bit(img: np.ndarray) -> np.ndarray:
+def eight_bit(img: np.ndarray) -> np.ndarray:
+    """The upper eight bits of an image, as the toolbox reads those of 16."""
     return (img >> 8).astype(np.uint8) if img.dtype == np.uint16 else img
