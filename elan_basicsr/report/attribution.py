@@ -251,7 +251,7 @@ def _column(contender: Contender, rgb: np.ndarray, box: Box, device: str) -> dic
     """What the figure shows of one network."""
     network, scale = contender.network, contender.network.scale
     network.net.requires_grad_(False)  # only the input's gradient is wanted
-    if hasattr(network.net, 'use_checkpoint'):
+    if hasattr(network.net, 'use_checkpoint') and rgb.shape[0] * rgb.shape[1] > CHUNK_PIXELS:
         network.net.use_checkpoint = True  # a block's maps are made again rather than kept: a fraction of the memory
     x = torch.from_numpy(rgb.transpose(2, 0, 1)[None].copy()).to(device)
     attribution = local_attribution(network.net, x, box, scale)

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from elan_basicsr import inference
@@ -101,7 +103,7 @@ def compare(files: Sequence[str], *, out: str | os.PathLike, data: Sequence[str]
     result = {
         'version': __version__, 'scale': scale, 'crop_border': scale, 'device': device, 'cost_note': COST_NOTE,
         'threads': torch.get_num_threads(), 'notes': notes,
-        'networks': [_cost(contender, scale, device) for contender in contenders],
+        'networks': [cost(contender, scale, device) for contender in contenders],
         'images': rows, 'means': _means(rows), 'differences': all_differences(
             rows, [contender.name for contender in contenders], DIFFERENCES_OF),
     }
@@ -239,14 +241,42 @@ def _write_image(path: Path, img: np.ndarray) -> None:
         raise UserError(f'{path}: cannot be written ({error.strerror}); expected a folder with space') from None
 
 
-def _cost(contender: Contender, scale: int, device: str) -> dict:
-    """Parameters, MACs, latency in seconds and peak memory in bytes; None where there is no figure."""
-    row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'macs_paper': None,
-           'latency': None, 'memory': None}
-    if contender.network is not None:
-        row.update(architecture=contender.network.name,
-                   parameters=sum(p.numel() for p in contender.network.net.parameters()))
+def cost(contender: Contender, scale: int, device: str) -> dict:
+    """What a network costs at an output of 1280x720 pixels.
+
+    Returns:
+        `parameters`, `macs` (multiply-adds as torch counts them), `latency` (seconds, the median of three runs after
+        one to warm up) and `memory` (bytes, the peak on a GPU); None where there is no figure.
+    """
+    row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'latency': None,
+           'memory': None}
+    if contender.network is None:
+        return row
+    net = contender.network.net
+    x = torch.rand(1, 3, *(-(-edge // scale) for edge in COST_SIZE), device=device)
+    seconds = []
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        for _ in range(3):
+            _synchronize(device)
+            begin = time.perf_counter()
+            net(x)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - begin)
+    row.update(architecture=contender.network.name, parameters=sum(p.numel() for p in net.parameters()),
+               macs=counter.get_total_flops() // 2 or None, latency=float(np.median(seconds)))
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            net(x)
+        row['memory'] = torch.cuda.max_memory_allocated()
     return row
+
+
+def _synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
 
 
 def _means(rows: Sequence[dict]) -> list[dict]:

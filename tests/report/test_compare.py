@@ -19,6 +19,14 @@ pytest.importorskip('matplotlib')
 NAMES = ['first', '<b> & second', 'EDSR', 'bicubic']
 
 
+@pytest.fixture(scope='module', autouse=True)
+def small_cost():
+    """Networks are timed on a small image, which takes seconds less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, 'COST_SIZE', (64, 96))
+        yield
+
+
 @pytest.fixture(scope='module')
 def inputs(data, tmp_path_factory):
     """Two ELANs, an EDSR with its option file, and a set as `basicsr data benchmark` lays it out, all x2 and small."""
@@ -91,6 +99,17 @@ def test_every_image_is_in_the_tables_with_every_network(report):
         name = row["network"].replace("<b> & second", "_b_second")
         written = report / 'images' / 'three' / f'{row["image"]}_{name}.png'
         assert cv2.imread(str(written)) is not None
+
+
+def test_the_cost_of_each_network_is_in_the_tables_and_figures(report):
+    first, second, edsr, bicubic = json.loads((report / 'comparison.json').read_text())['networks']
+    assert first['parameters'] == second['parameters'] == sum(
+        p.numel() for p in ELAN(upscale=2, num_feat=15, num_block=2).parameters())
+    assert (first['architecture'], edsr['architecture']) == ('ELAN', 'EDSR')
+    # EDSR at 32x48: convolutions 3-8, twice 8-8, 8-8 and 8-32 there, 8-3 on the enlarged map.
+    assert edsr['macs'] == 9 * 32 * 48 * (3 * 8 + 3 * 8 * 8 + 8 * 32 + 4 * 8 * 3)
+    assert all(row['latency'] > 0 for row in (first, second, edsr)) and bicubic['latency'] is None
+    assert {path.name for path in (report / 'figures').iterdir()} >= {'psnr_latency.png', 'psnr_macs.png'}
 
 
 def test_hr_images_alone_are_reduced_by_the_bicubic(inputs, report, tmp_path):

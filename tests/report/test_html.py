@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from tests.report.test_compare import NAMES, inputs, report  # noqa: F401, fixtures
+from tests.report.test_compare import NAMES, inputs, report, small_cost  # noqa: F401, fixtures
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 
@@ -25,6 +25,7 @@ def page(browser, report, tmp_path):  # noqa: F811
     """The report, opened from another folder so that nothing lies beside it; errors and requests are kept."""
     shutil.copy(report / 'report.html', tmp_path / 'alone.html')
     page = browser.new_page(viewport={'width': 1200, 'height': 900})
+    page.set_default_timeout(120_000)  # a machine may be busy
     page.troubles, page.requests = [], []
     page.on('pageerror', lambda error: page.troubles.append(str(error)))
     page.on('console', lambda message: page.troubles.append(message.text) if message.type == 'error' else None)
