@@ -42,7 +42,8 @@ from basicsr.utils import img2tensor, tensor2img
 BICUBIC = 'bicubic'
 COST_SIZE = (720, 1280)
 """HR height and width at which papers count MACs."""
-COST_NOTE = f'MACs, latency and peak memory are those of an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels.'
+COST_NOTE = (f'For an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels: multiply-adds (MACs) as torch counts them, the '
+             'median latency of three runs, and the memory of a run at its peak beside what the network holds.')
 SHOWN = 5
 SMALLEST_CROP = 24
 DIFFERENCES_OF = ('psnr_y', 'ssim_y')
@@ -246,7 +247,8 @@ def cost(contender: Contender, scale: int, device: str) -> dict:
 
     Returns:
         `parameters`, `macs` (multiply-adds as torch counts them), `latency` (seconds, the median of three runs after
-        one to warm up) and `memory` (bytes, the peak on a GPU); None where there is no figure.
+        one to warm up) and `memory` (bytes at the peak of a run beyond what was held before it, on the GPU or, on
+        Linux, resident); None where there is no figure.
     """
     row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'latency': None,
            'memory': None}
@@ -265,13 +267,30 @@ def cost(contender: Contender, scale: int, device: str) -> dict:
             _synchronize(device)
             seconds.append(time.perf_counter() - begin)
     row.update(architecture=contender.network.name, parameters=sum(p.numel() for p in net.parameters()),
-               macs=counter.get_total_flops() // 2 or None, latency=float(np.median(seconds)))
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            net(x)
-        row['memory'] = torch.cuda.max_memory_allocated()
+               macs=counter.get_total_flops() // 2 or None, latency=float(np.median(seconds)),
+               memory=_peak_memory(net, x))
     return row
+
+
+@torch.no_grad()
+def _peak_memory(net: torch.nn.Module, x: torch.Tensor) -> int | None:
+    if x.device.type == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        net(x)
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path('/proc/self/clear_refs').write_text('5')  # sets the peak to what is resident now: proc(5)
+        before = _resident('VmRSS')
+        net(x)
+        return max(_resident('VmHWM') - before, 0)
+    except OSError:
+        return None
+
+
+def _resident(key: str) -> int:
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(rf'{key}:\s+(\d+) kB', status).group(1)) * 1024
 
 
 def _synchronize(device: str) -> None:

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 
 import cv2
 import numpy as np
@@ -109,6 +110,7 @@ def test_the_cost_of_each_network_is_in_the_tables_and_figures(report):
     # EDSR at 32x48: convolutions 3-8, twice 8-8, 8-8 and 8-32 there, 8-3 on the enlarged map.
     assert edsr['macs'] == 9 * 32 * 48 * (3 * 8 + 3 * 8 * 8 + 8 * 32 + 4 * 8 * 3)
     assert all(row['latency'] > 0 for row in (first, second, edsr)) and bicubic['latency'] is None
+    assert bicubic['memory'] is None and bicubic['macs'] is None
     assert {path.name for path in (report / 'figures').iterdir()} >= {'psnr_latency.png', 'psnr_macs.png'}
 
 
@@ -176,3 +178,13 @@ def test_the_trained_network_has_its_known_figures_on_set5(shared, tmp_path):
     ours, bicubic = json.loads((tmp_path / 'out' / 'comparison.json').read_text())['means']
     assert (round(ours['psnr_y'], 4), round(ours['ssim_y'], 4)) == (30.5438, 0.8646)
     assert round(bicubic['psnr_y'], 2) == 28.43
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='resident memory is known on Linux only')
+def test_peak_memory_on_a_cpu_is_what_a_run_needs():
+    class Needs(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.ones(100, 2**18).sum() * 0  # 100 MiB of float32
+
+    needed = module._peak_memory(Needs(), torch.zeros(1, 3, 4, 4))
+    assert 95 * 2**20 < needed < 130 * 2**20
