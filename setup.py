@@ -45,6 +45,8 @@ setup(
         'rich>=13',  # mmengine's own dependency; draws the progress line
         'safetensors>=0.4',
         'jinja2>=3.1',  # torch brings it
+        'pillow>=10.1',
+        'tifffile>=2023.7',  # 16-bit TIFF
     ],
     extras_require={
         'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data

@@ -326,6 +326,40 @@ def _add_compare(commands) -> None:
     parser.set_defaults(call=call)
 
 
+def _add_upscale(commands) -> None:
+    parser = _command(commands, 'upscale', 'enlarge images and videos with a trained network',
+                      'basicsr upscale photos -o enlarged --weights net_g_latest.pth')
+    parser.add_argument('inputs', nargs='+', metavar='INPUT',
+                        help='files, folders (searched for images, recursively) and patterns such as "photos/**/*.png"')
+    parser.add_argument('-o', '--out', required=True, metavar='OUT',
+                        help='a folder, or a file for a single input; what is there already is left alone')
+    parser.add_argument('--weights', metavar='FILE',
+                        help='the network: a checkpoint of ELAN, a network that spandrel knows, or .onnx')
+    parser.add_argument('--scale', type=float, metavar='N',
+                        help="enlargement, at most the network's (the default); the rest is taken back by the bicubic")
+    parser.add_argument('--format', dest='format_', metavar='NAME',
+                        help='png, jpg, webp, tif or bmp for all images (default: as the input)')
+    parser.add_argument('--tile', type=int, metavar='PIXELS',
+                        help='edge of tiles in input pixels, 0 for the whole image (default: what the memory allows)')
+    parser.add_argument('--tile-overlap', type=int, metavar='PIXELS',
+                        help='what a tile sees beyond its edges (default: 16)')
+    parser.add_argument('--self-ensemble', action='store_true',
+                        help='average over eight flips and rotations: a little better, eight times the time')
+    parser.add_argument('--dtype', default='float32', metavar='NAME',
+                        help='float32, bfloat16 or float16 (default: float32)')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    parser.add_argument('--max-pixels', type=int, default=64_000_000, metavar='N',
+                        help='refuse larger inputs before memory is taken (default: 64000000)')
+    parser.add_argument('--overwrite', action='store_true', help='make outputs anew that are there already')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.upscale.run import upscale
+        given = {name: value for name, value in vars(args).items() if name != 'call'}
+        return upscale(given.pop('inputs'), **given)
+
+    parser.set_defaults(call=call)
+
+
 def _add_explain(commands) -> None:
     parser = _command(commands, 'explain', 'draw which pixels networks use: attribution maps and receptive fields',
                       'basicsr explain photo.png --weights ELAN=elan.pth EDSR=edsr.yml -o explained.png')
@@ -347,7 +381,7 @@ def _add_explain(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_compare, _add_explain,
+ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_upscale, _add_compare, _add_explain,
                 _add_doctor, _add_completion)
 
 

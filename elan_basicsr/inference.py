@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,20 +55,47 @@ def turn(x: Tensor, turns: int, flipped: bool, back: bool = False) -> Tensor:
 def _forward_tiles(net, x: Tensor, scale: int, tile: int, overlap: int) -> Tensor:
     h, w = x.shape[2:]
     out = None
-    for top, bottom in _spans(h, tile):
-        for left, right in _spans(w, tile):
-            y0, x0 = max(top - overlap, 0), max(left - overlap, 0)
-            y = net(x[..., y0:min(bottom + overlap, h), x0:min(right + overlap, w)].contiguous())
-            if out is None:
-                out = y.new_empty((*y.shape[:2], h * scale, w * scale))
-            inner = (slice((top - y0) * scale, (bottom - y0) * scale), slice((left - x0) * scale, (right - x0) * scale))
-            out[..., top * scale:bottom * scale, left * scale:right * scale] = y[(..., *inner)]
+    for part in cut_tiles(h, w, tile, overlap):
+        y = net(x[(..., *part.seen)].contiguous())
+        if out is None:
+            out = y.new_empty((*y.shape[:2], h * scale, w * scale))
+        out[(..., *part.place(scale))] = y[(..., *part.inner(scale))]
     return out
 
 
+class Tile(NamedTuple):
+    """A rectangle of an image in input pixels, and the larger one that the network sees for it."""
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    seen_rows: tuple[int, int]
+    seen_columns: tuple[int, int]
+
+    @property
+    def seen(self) -> tuple[slice, slice]:
+        """What the network sees, as rows and columns of the input."""
+        return slice(*self.seen_rows), slice(*self.seen_columns)
+
+    def place(self, scale: int) -> tuple[slice, slice]:
+        """Where the tile lies in the image's output."""
+        return tuple(slice(start * scale, end * scale) for start, end in (self.rows, self.columns))
+
+    def inner(self, scale: int) -> tuple[slice, slice]:
+        """Where the tile lies in the network's output for what it sees."""
+        return tuple(slice((start - first) * scale, (end - first) * scale) for (start, end), (first, _) in
+                     ((self.rows, self.seen_rows), (self.columns, self.seen_columns)))
+
+
+def cut_tiles(h: int, w: int, tile: int, overlap: int) -> Iterator[Tile]:
+    """The tiles of an image of h x w pixels, row by row; `tile` 0 gives the whole image as one."""
+    for rows in _spans(h, tile):
+        for columns in _spans(w, tile):
+            yield Tile(rows, columns, *((max(start - overlap, 0), min(end + overlap, size))
+                                        for (start, end), size in ((rows, h), (columns, w))))
+
+
 def _spans(size: int, tile: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, tile):
-        yield start, min(start + tile, size)
+    for start in range(0, size, tile or size):
+        yield start, min(start + tile, size) if tile else size
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ def find_images(folder: str | os.PathLike) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder, expected a folder of images')
     found: dict[str, Path] = {}
-    for path in sorted(_walk(folder)):
+    for path in sorted(walk_files(folder)):
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith('.'):
             key = str(path.relative_to(folder).with_suffix('')).replace(os.sep, '_').replace('.', '_')
             if key in found:
@@ -36,11 +37,22 @@ def find_images(folder: str | os.PathLike) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _walk(folder: Path):
+def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """All files below a folder, those behind links to folders once each.
+
+    Raises:
+        UserError: A folder cannot be read.
+    """
     def fail(error: OSError):
         raise UserError(f'{error.filename}: cannot be read ({error.strerror})')
 
-    for base, _, names in os.walk(folder, onerror=fail, followlinks=True):
+    seen = set()
+    for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:  # a link to a folder above would lead round in circles
+            folders.clear()
+            continue
+        seen.add(real)
         for name in names:
             yield Path(base) / name
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 _CUBIC_WIDTH = 4  # support of the cubic kernel, in pixels
+_CHUNK = 2**22  # values that are held as float64 at a time
 
 
 def imresize(img: np.ndarray, scale: float | Fraction) -> np.ndarray:
@@ -42,10 +43,15 @@ def imresize(img: np.ndarray, scale: float | Fraction) -> np.ndarray:
 
 def _resize_rows(img: np.ndarray, scale: Fraction) -> np.ndarray:
     operator = _operator(img.shape[0], scale)
-    flat = operator @ img.reshape(img.shape[0], -1).astype(np.float64)
-    np.floor(np.add(flat, 0.5, out=flat), out=flat)
-    np.clip(flat, 0, np.iinfo(img.dtype).max, out=flat)
-    return flat.astype(img.dtype).reshape(-1, *img.shape[1:])
+    flat = img.reshape(img.shape[0], -1)
+    out = np.empty((operator.shape[0], flat.shape[1]), img.dtype)
+    step = max(_CHUNK // max(operator.shape), 1)
+    for start in range(0, flat.shape[1], step):
+        part = operator @ flat[:, start:start + step].astype(np.float64)
+        np.floor(np.add(part, 0.5, out=part), out=part)
+        np.clip(part, 0, np.iinfo(img.dtype).max, out=part)
+        out[:, start:start + step] = part
+    return out.reshape(-1, *img.shape[1:])
 
 
 @lru_cache(maxsize=64)
