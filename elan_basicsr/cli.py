@@ -381,8 +381,8 @@ def _add_explain(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_convert, _add_export, _add_options, _add_data, _add_upscale, _add_compare, _add_explain,
-                _add_doctor, _add_completion)
+ADD_COMMANDS = (_add_train, _add_test, _add_upscale, _add_compare, _add_explain, _add_convert, _add_export,
+                _add_options, _add_data, _add_doctor, _add_completion)
 
 
 def build_parser() -> argparse.ArgumentParser:
