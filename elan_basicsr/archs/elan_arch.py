@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elan_basicsr.archs import elan_fast
+from elan_basicsr.archs import elan_fast, elan_grad
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -253,16 +254,19 @@ class ELAN(nn.Module):
     def _run_body(self, x: Tensor) -> Tensor:
         if elan_fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
             return elan_fast.run_body(self.body, x, self.window_sizes)
+        spares = elan_grad.serves(self.body, x, _FAST_TYPES)
         for block in self.body:
+            run = partial(elan_grad.run_block, block, cut=cut_windows, paste=paste_windows) if spares else block
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False,
+                x = checkpoint(run, x, use_reentrant=False,
                                context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
             else:
-                x = block(x)
+                x = run(x)
         return x
 
 
-# What `elan_fast` knows how to compute; a module of another class, quantised or adapted, takes the plain path.
+# What `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised one, takes the
+# plain path.
 _FAST_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
 
 
