@@ -381,8 +381,72 @@ def _add_explain(commands) -> None:
     parser.set_defaults(call=call)
 
 
-ADD_COMMANDS = (_add_train, _add_test, _add_upscale, _add_compare, _add_explain, _add_convert, _add_export,
-                _add_options, _add_data, _add_doctor, _add_completion)
+def _add_benchmark(commands) -> None:
+    parser = _command(commands, 'benchmark', 'measure time, memory and multiply-adds of networks beside each other',
+                      'basicsr benchmark ELAN-light SwinIR-light --sizes 320x184 --threads 2 --memory\n'
+                      '  basicsr benchmark --table --official ../ELAN')
+    parser.add_argument('networks', nargs='*', metavar='NET',
+                        help='ELAN, ELAN-light, SwinIR-light, official, official-light, an architecture with arguments '
+                             '(SwinIR:embed_dim=60,window_size=8), an option file or a checkpoint')
+    parser.add_argument('--official', metavar='DIR', help="a checkout of the authors' repository, which you have")
+    parser.add_argument('--scale', type=int, default=4, metavar='N', help='enlargement (default: 4)')
+    parser.add_argument('--sizes', nargs='+', type=_size, default=[(320, 180)], metavar='WxH',
+                        help='sizes of the LR image (default: 320x180)')
+    parser.add_argument('--dtype', nargs='+', choices=['float32', 'bf16'], default=['float32'], help='by autocast')
+    parser.add_argument('--device', nargs='+', default=['cpu'], metavar='NAME', help='cpu, cuda, cuda:1 (default: cpu)')
+    parser.add_argument('--threads', nargs='+', type=_positive, metavar='N', help="of the CPU (default: torch's)")
+    parser.add_argument('--runs', type=_positive, default=5, metavar='N', help='interleaved runs (default: 5)')
+    parser.add_argument('--train', action='store_true', help='measure a training step too')
+    parser.add_argument('--batch', type=_positive, default=4, metavar='N', help="the training step's (default: 4)")
+    parser.add_argument('--patch', type=_positive, default=64, metavar='N', help='LR patch in training (default: 64)')
+    parser.add_argument('--memory', action='store_true', help='measure peak memory too, each in its own process')
+    parser.add_argument('--psnr', nargs='+', type=_named_value, default=[], metavar='NAME=VALUE',
+                        help='PSNR in dB of networks, for the figure')
+    parser.add_argument('--json', metavar='FILE', help='write everything that was measured')
+    parser.add_argument('--figure', metavar='FILE', help='draw PSNR, if given, against latency')
+    parser.add_argument('--axis', choices=['latency', 'macs'], default='latency', help="of the figure")
+    parser.add_argument('--table', nargs='*', metavar='ROW',
+                        help='instead: ELAN x4 against the official code and SwinIR-light, all rows or those named')
+    parser.add_argument('--trained', nargs='+', default=[], metavar='FILE',
+                        help='with --table: a trained ELAN-light x4 and LR images, to state the error of bf16')
+    parser.set_defaults(call=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    if args.table is not None:
+        from elan_basicsr.report.targets import benchmark_table
+        return benchmark_table(args.table, official=args.official, runs=args.runs, device=args.device[0],
+                               threads=(args.threads or [None])[0], trained=args.trained, json_file=args.json)
+    from elan_basicsr.report.benchmark import Settings, benchmark
+    from elan_basicsr.report.subjects import Subject
+    settings = Settings(sizes=args.sizes, dtypes=args.dtype, devices=args.device, threads=args.threads or [None],
+                        runs=args.runs, train=args.train, batch=args.batch, patch=args.patch, memory=args.memory)
+    return benchmark([Subject(spec, args.scale, args.official) for spec in args.networks], settings,
+                     psnr=dict(args.psnr), json_file=args.json, figure=args.figure, axis=args.axis)
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1')
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition('x')
+    return _positive(width), _positive(height)
+
+
+def _named_value(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition('=')
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43') from None
+
+
+ADD_COMMANDS = (_add_train, _add_test, _add_upscale, _add_compare, _add_explain, _add_benchmark, _add_convert,
+                _add_export, _add_options, _add_data, _add_doctor, _add_completion)
 
 
 def build_parser() -> argparse.ArgumentParser:

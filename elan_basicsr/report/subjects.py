@@ -1,0 +1,125 @@
+"""The networks of a benchmark: what a name, an option file or a checkpoint stands for, built on demand."""
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.engine.option_parts import check_network, find
+from elan_basicsr.engine.option_reader import Source, read_yaml
+from elan_basicsr.errors import UserError
+from elan_basicsr.interop.networks import load_network
+from elan_basicsr.report.complexity import Complexity, count, count_macs, count_paper_macs
+from elan_basicsr.report.official import VALUE_RANGE, build_official
+
+from basicsr.utils.registry import ARCH_REGISTRY
+
+PRESETS = {
+    'ELAN-light': ('ELAN', {'num_feat': 60, 'num_block': 24, 'num_share': 1}),
+    'ELAN': ('ELAN', {'num_feat': 180, 'num_block': 36, 'num_share': 0}),
+    'SwinIR-light': ('SwinIR', {'img_size': 64, 'window_size': 8, 'depths': [6] * 4, 'embed_dim': 60,
+                                'num_heads': [6] * 4, 'mlp_ratio': 2, 'upsampler': 'pixelshuffledirect'}),
+}
+OFFICIAL = {'official-light': 'ELAN-light', 'official': 'ELAN'}
+"""The authors' network in the size of a preset."""
+COLOURS = 3
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to be measured; `build` makes it, here or in another process.
+
+    Attributes:
+        spec: `ELAN-light`, `ELAN`, `SwinIR-light`, `official-light`, `official`, an architecture of the registry, each
+            with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, or a checkpoint.
+        scale: Enlargement.
+        checkout: The authors' repository, for `official` and `official-light`.
+    """
+    spec: str
+    scale: int
+    checkout: str | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.spec).stem if Path(self.spec).is_file() else self.spec
+
+    @property
+    def value_range(self) -> float:
+        """What stands for white in the network's images."""
+        return VALUE_RANGE if self.spec in OFFICIAL else 1.
+
+    def build(self) -> nn.Module:
+        """The network on the CPU, with the checkpoint's weights or random ones.
+
+        Raises:
+            UserError: There is no such network, its arguments are wrong, or it enlarges by another factor.
+        """
+        torch.manual_seed(SEED)
+        if self.spec in OFFICIAL:
+            if not self.checkout:
+                raise UserError(f"{self.spec}: is the authors' code; expected --official DIR, a checkout of it")
+            return build_official(self.checkout, upscale=self.scale, **PRESETS[OFFICIAL[self.spec]][1])
+        path = Path(self.spec)
+        if path.is_file() and path.suffix.lower() not in ('.yml', '.yaml'):
+            network = load_network(path)
+            self._check_scale(network.scale, network.channels)
+            return network.net
+        return self._from_options(*(self._read_options() if path.is_file() else self._parse()))
+
+    def complexity(self, height: int, width: int) -> Complexity:
+        """Parameters and MACs of an LR image of that size. The authors' network counts as ours in the paper's way."""
+        net = self.build()
+        if self.spec not in OFFICIAL:
+            return count(net, COLOURS, height, width)
+        ours = ELAN(upscale=self.scale, **PRESETS[OFFICIAL[self.spec]][1])
+        return Complexity(sum(p.numel() for p in net.parameters() if p.requires_grad),
+                          count_macs(net, COLOURS, height, width), count_paper_macs(ours, height, width))
+
+    def _read_options(self) -> tuple[dict, Source]:
+        options, source = read_yaml(self.spec)
+        section = options.get('network_g')
+        if not isinstance(section, dict):
+            raise source.error('network_g', 'is missing, expected the network: type: ELAN and its arguments')
+        return section, source
+
+    def _parse(self) -> tuple[dict, Source]:
+        """`ARCH:key=value,…` as the section `network_g` of an option file."""
+        name, _, text = self.spec.partition(':')
+        try:
+            given = yaml.safe_load('{' + re.sub(r'(\w+)\s*=\s*', r'\1: ', text) + '}')
+        except yaml.YAMLError:
+            raise UserError(f'{self.spec}: cannot be read; expected ARCH:key=value,key=value such as '
+                            'ELAN-light:use_checkpoint=true') from None
+        arch, preset = PRESETS.get(name, (name, {}))
+        if find(ARCH_REGISTRY, arch) is None:
+            near = ', '.join([*PRESETS, *OFFICIAL])
+            raise UserError(f'{self.spec}: is no file and no network; expected {near}, an architecture of the registry '
+                            'such as SwinIR:embed_dim=60, an option file or a checkpoint')
+        return {'type': arch, **preset, **given}, Source(self.spec)
+
+    def _from_options(self, section: dict, source: Source) -> nn.Module:
+        arch = find(ARCH_REGISTRY, section.get('type', ''))
+        if arch is not None:
+            parameters = inspect.signature(arch).parameters
+            factor = next((name for name in ('upscale', 'scale') if name in parameters), None)
+            colours = {name: COLOURS for name in ('num_in_ch', 'num_out_ch')
+                       if name in parameters and parameters[name].default is inspect.Parameter.empty}
+            section = {**colours, **({factor: self.scale} if factor else {}), **section}
+            if factor:
+                self._check_scale(section[factor], (COLOURS, COLOURS))
+        check_network({'network_g': section}, 'network_g', source)
+        return arch(**{name: value for name, value in section.items() if name != 'type'})
+
+    def _check_scale(self, scale: int, channels: tuple[int, int]) -> None:
+        if scale != self.scale:
+            raise UserError(f'{self.spec}: enlarges by {scale}; expected {self.scale}, as --scale says')
+        if channels != (COLOURS, COLOURS):
+            raise UserError(f'{self.spec}: has {channels[0]} channels in and {channels[1]} out; expected a network for '
+                            'colour images')

@@ -1,0 +1,196 @@
+"""`basicsr benchmark --table`: ELAN here against the authors' code and SwinIR, each as a ratio with a target."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import rich.box
+import torch
+from rich.console import Console
+
+from elan_basicsr.errors import UserError
+from elan_basicsr.report.benchmark import (
+    check_files,
+    check_machine,
+    make_call,
+    memory_of,
+    new_table,
+    ratios,
+    write_json,
+)
+from elan_basicsr.report.subjects import COLOURS, OFFICIAL, Subject
+from elan_basicsr.report.timing import inference_call, time_interleaved
+
+SCALE = 4
+PATCH = 64
+SHARE_OF_PIXELS = 0.999
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row: how much ours may take of what theirs takes, by `work` in `memory` or else in time.
+
+    `shape` is (batch, height, width) of the LR images; `dtype` is ours, theirs is float32.
+    """
+    key: str
+    text: str
+    ours: str
+    theirs: str
+    limit: float
+    shape: tuple[int, int, int] = (1, 180, 320)
+    work: str = 'inference'
+    memory: bool = False
+    dtype: str = 'float32'
+
+
+def _steps(memory: bool) -> list[Target]:
+    kind, limit = ('memory', 0.50) if memory else ('step', 0.60)
+    what = 'peak memory of the training step' if memory else 'training step'
+    return [Target(f'{kind}-{size}', f'{ours}, {what}, {batch} x 64x64: ours / official', ours, theirs, limit,
+                   (batch, PATCH, PATCH), 'training step', memory)
+            for size, ours, theirs, batch in (('light', 'ELAN-light', 'official-light', 4),
+                                              ('classic', 'ELAN', 'official', 2))]
+
+
+def _checkpointed(target: Target) -> Target:
+    return Target(f'{target.key}-checkpoint', f'{target.text}, use_checkpoint', f'{target.ours}:use_checkpoint=true',
+                  target.theirs, 0.25, target.shape, target.work, target.memory)
+
+
+TARGETS = [
+    Target('light', 'ELAN-light, 320x180: ours / official', 'ELAN-light', 'official-light', 0.45),
+    Target('swinir', 'ELAN-light / SwinIR-light, 320x184', 'ELAN-light', 'SwinIR-light', 0.22, (1, 184, 320)),
+    Target('bf16', 'ELAN-light in bf16 / SwinIR-light in float32, 320x184', 'ELAN-light', 'SwinIR-light', 0.15,
+           (1, 184, 320), dtype='bf16'),
+    Target('classic', 'ELAN, 320x180: ours / official', 'ELAN', 'official', 0.28),
+    *_steps(memory=False),
+    *_steps(memory=True),
+    *map(_checkpointed, _steps(memory=True)),
+    Target('memory-image', 'ELAN-light, peak memory at 1280x720: ours / official', 'ELAN-light', 'official-light',
+           0.40, (1, 720, 1280), memory=True),
+]
+
+
+@dataclass
+class Result:
+    """A row's figures, in seconds or bytes; the spread is of the single rounds' ratios."""
+    key: str
+    text: str
+    limit: float
+    ours: float | None
+    theirs: float | None
+    ratio: float | None
+    spread: tuple[float, float] | None
+    grey_levels: float | None = None
+
+
+def benchmark_table(keys: Sequence[str], *, official: str | None, runs: int = 5, device: str = 'cpu',
+                    threads: int | None = None, trained: Sequence[str] = (), json_file: str | None = None) -> int:
+    """Measure the rows of the table, all when `keys` is empty, and print them beside their targets.
+
+    Args:
+        keys: `key` of the rows.
+        official: The checkout of the authors' repository; without it the rows that need it are left out.
+        runs: Rounds per row.
+        device: Where.
+        threads: Of the CPU; torch's default when not given.
+        trained: A checkpoint of a trained ELAN-light x4 and LR images, on which the error of bf16 is stated.
+        json_file: Where the figures go.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: A row, file or device is not there.
+    """
+    known = {target.key: target for target in TARGETS}
+    for key in keys:
+        if key not in known:
+            raise UserError(f'--table {key}: is no row; expected some of {", ".join(known)}')
+    chosen = [known[key] for key in keys] or [target for target in TARGETS
+                                              if official or target.theirs not in OFFICIAL]
+    check_machine([device])
+    check_files(json_file)
+    for target in chosen:
+        _subjects(target, official)[1].build()
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    error = grey_level_error(trained[0], trained[1:], device) if trained else None
+    results = []
+    for target in chosen:
+        results.append(_measure(target, official, runs, device, threads))
+        if target.dtype == 'bf16':
+            results[-1].grey_levels = error
+        sys.stderr.write(f'{target.key}: {results[-1].ratio}\n')
+    _print(results, f'{device}, {threads} threads, {runs} runs')
+    if json_file:
+        write_json({'device': device, 'threads': threads, 'runs': runs,
+                    'table': [asdict(result) for result in results]}, json_file)
+    return 0
+
+
+def _subjects(target: Target, official: str | None) -> tuple[Subject, Subject]:
+    return Subject(target.ours, SCALE), Subject(target.theirs, SCALE, official)
+
+
+def _measure(target: Target, official: str | None, runs: int, device: str, threads: int) -> Result:
+    batch, height, width = target.shape
+    shape = (batch, COLOURS, height, width)
+    pair = list(zip(('ours', 'theirs'), _subjects(target, official), (target.dtype, 'float32'), strict=True))
+    if target.memory:
+        ours, theirs = (memory_of(subject, target.work, shape, device, dtype, threads) for _, subject, dtype in pair)
+        return Result(target.key, target.text, target.limit, ours, theirs, ours / theirs if ours and theirs else None,
+                      None)
+    timings = time_interleaved({side: make_call(subject, target.work, shape, device, dtype)
+                                for side, subject, dtype in pair}, runs, device)
+    ratio, *spread = ratios(timings['ours'], timings['theirs'])
+    return Result(target.key, target.text, target.limit, timings['ours'].median, timings['theirs'].median, ratio,
+                  tuple(spread))
+
+
+def grey_level_error(checkpoint: str, images: Sequence[str], device: str = 'cpu') -> float:
+    """By how many grey levels of 255 bf16 is off from float32 at 99.9 % of the pixels of all images, or less.
+
+    Args:
+        checkpoint: Of a trained network.
+        images: LR images.
+        device: Where.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    if not images:
+        raise UserError('--trained: has no images; expected a checkpoint and LR images after it')
+    net = Subject(checkpoint, SCALE).build().to(device)
+    errors = []
+    for file in images:
+        image = cv2.imread(str(file), cv2.IMREAD_COLOR) if Path(file).is_file() else None
+        if image is None:
+            raise UserError(f'--trained {file}: is no image that can be read')
+        x = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].to(device).float() / 255
+        exact, rough = (inference_call(net, x, dtype)() for dtype in (torch.float32, torch.bfloat16))
+        errors.append((rough.float() - exact).abs().flatten().cpu() * 255)
+    errors = torch.cat(errors)
+    return errors.kthvalue(max(round(SHARE_OF_PIXELS * len(errors)), 1)).values.item()
+
+
+def _print(results: Sequence[Result], setting: str) -> None:
+    table = new_table(setting, ['x4', 'ratio', 'at most', 'single rounds', 'ours', 'theirs'], box=rich.box.MARKDOWN)
+    for result in results:
+        show = _seconds if result.spread else _mebibytes
+        note = f' (off by {result.grey_levels:.2f} grey levels)' if result.grey_levels is not None else ''
+        table.add_row(result.text + note, '–' if result.ratio is None else f'{result.ratio:.3f}', f'{result.limit:.2f}',
+                      '{:.3f}–{:.3f}'.format(*result.spread) if result.spread else '', show(result.ours),
+                      show(result.theirs))
+    Console(highlight=False, width=200).print(table)
+
+
+def _seconds(value: float) -> str:
+    return f'{value:.3g} s'
+
+
+def _mebibytes(value: int | None) -> str:
+    return 'out of memory' if value is None else f'{value / 2**20:,.0f} MiB'

@@ -1,0 +1,104 @@
+"""How long networks take, beside each other: interleaved runs of inference and of training steps."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WARM_UPS = {'cuda': 3}
+"""Runs before the first that counts; one on other devices."""
+GEMM_EDGE = 2048
+LEARNING_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each run, in order."""
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def min(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def max(self) -> float:
+        return max(self.seconds)
+
+
+def time_interleaved(calls: Mapping[Hashable, Callable[[], object]], runs: int, device: str = 'cpu',
+                     ) -> dict[Hashable, Timing]:
+    """Time calls beside each other: every round runs each once, every other round in reverse, so that drift cancels.
+
+    Args:
+        calls: What is to be timed.
+        runs: Rounds that count, after warming up.
+        device: Where the calls work; their work is waited for.
+    """
+    def timed(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        return time.perf_counter() - start
+
+    for call in calls.values():
+        for _ in range(WARM_UPS.get(torch.device(device).type, 1)):
+            timed(call)
+    seconds = {key: [] for key in calls}
+    for number in range(runs):
+        for key in list(calls)[::-1 if number % 2 else 1]:
+            seconds[key].append(timed(calls[key]))
+    return {key: Timing(tuple(values)) for key, values in seconds.items()}
+
+
+def synchronise(device: str) -> None:
+    """Wait for what a device was asked to do."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def precision(device: str, dtype: torch.dtype) -> torch.autocast:
+    """float32, or mixed precision by autocast."""
+    return torch.autocast(torch.device(device).type, dtype=dtype if dtype != torch.float32 else torch.bfloat16,
+                          enabled=dtype != torch.float32)
+
+
+def inference_call(net: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """What is timed of a network that restores images `x`; it is set to eval mode."""
+    net.eval()
+
+    def call() -> Tensor:
+        with torch.inference_mode(), precision(x.device.type, dtype):
+            return net(x)
+
+    return call
+
+
+def training_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    """What is timed of a network that learns `y` from `x`: forward, L1, backward, Adam. It is set to train mode."""
+    net.train()
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with precision(x.device.type, dtype):
+            loss = F.l1_loss(net(x), y)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def gemm_call(device: str = 'cpu') -> tuple[Callable[[], Tensor], int]:
+    """The yardstick: a float32 product of two square matrices, and its MACs."""
+    a, b = torch.rand(2, GEMM_EDGE, GEMM_EDGE, device=device)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), GEMM_EDGE**3
