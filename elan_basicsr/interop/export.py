@@ -97,8 +97,7 @@ def _check_target(target: Path) -> None:
     try:
         import onnxscript  # noqa: F401, what torch.onnx needs
     except ImportError:
-        raise UserError("export needs onnx and onnxscript, which are not installed: pip install 'elan-basicsr[onnx]'"
-                        ) from None
+        raise UserError('export needs packages that are missing: pip install onnx onnxscript onnxruntime') from None
 
 
 def _export(net: nn.Module, x: Tensor, opset: int | None, dynamic: bool):
