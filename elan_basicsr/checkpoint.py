@@ -235,11 +235,20 @@ def _open_taps(kernel: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)[:, :, None, None]
 
 
+def _unseen_defaults() -> dict:
+    return {key: inspect.signature(ELAN).parameters[key].default for key in UNSEEN}
+
+
 def note_of(state: StateDict, noted: dict) -> dict:
     """What is to be noted beside an ELAN's weights, all of UNSEEN, from what `read_checkpoint` has read."""
-    defaults = {key: inspect.signature(ELAN).parameters[key].default for key in UNSEEN}
-    return {key: list(value) if isinstance(value, tuple) else value
-            for key, value in {**defaults, **_range_and_mean(state), **noted}.items() if key in UNSEEN}
+    return {key: list(value) if isinstance(value, (list, tuple)) else value
+            for key, value in {**_unseen_defaults(), **_range_and_mean(state), **noted}.items() if key in UNSEEN}
+
+
+def note_of_arguments(arguments: dict) -> dict:
+    """The same from ELAN's arguments, and only what differs from the defaults, which readers take anyway."""
+    whole = note_of({}, arguments)
+    return {key: whole[key] for key, value in note_of({}, {}).items() if whole[key] != value}
 
 
 def to_official(net: ELAN) -> StateDict:

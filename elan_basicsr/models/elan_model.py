@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from elan_basicsr import inference
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import load_into, save_atomic
+from elan_basicsr.checkpoint import NOTE, load_into, note_of_arguments, save_atomic
 from elan_basicsr.errors import UserError
 from elan_basicsr.models.validation import validate
 
@@ -233,6 +233,9 @@ class ELANModel(SRModel):
         keys = param_key if isinstance(param_key, list) else [param_key]
         content = {key: {name: value.cpu() for name, value in self.get_bare_model(one).state_dict().items()}
                    for one, key in zip(nets, keys, strict=True)}
+        if isinstance(self.get_bare_model(nets[0]), ELAN):
+            note = note_of_arguments(self.opt['network_g'])
+            content.update({NOTE: note} if note else {})  # an ordinary network's file is as the toolbox writes it
         label = 'latest' if current_iter == -1 else current_iter
         save_atomic(content, osp.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
 

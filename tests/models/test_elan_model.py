@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 
+from elan_basicsr.checkpoint import load_elan
 from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders
 from elan_basicsr.errors import UserError
@@ -154,3 +155,16 @@ def test_tiles_and_self_ensemble_are_used_in_validation(make):
 def test_compiled_training_saves_plain_names(make):
     model = make({'compile': True})
     assert all(not key.startswith('_orig_mod') for key in model.get_bare_model(model.net_g).state_dict())
+
+
+def test_a_checkpoint_tells_what_its_weights_do_not(make, tmp_path):
+    model = make({'network_g.img_range': 1, 'network_g.rgb_mean': '[0,0,0]', 'network_g.window_sizes': '[2,4,8]'})
+    model.opt['path']['models'] = str(tmp_path)
+    model.save_network(model.net_g, 'net_g', 4)
+    net, x = load_elan(tmp_path / 'net_g_4.pth'), torch.rand(1, 3, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(net(x), model.net_g.eval()(x))
+    model = make()
+    model.opt['path']['models'] = str(tmp_path)
+    model.save_network(model.net_g, 'net_g', 5)
+    assert torch.load(tmp_path / 'net_g_5.pth', weights_only=True).keys() == {'params'}
