@@ -7,6 +7,7 @@ restored images.
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import os
 import re
@@ -280,11 +281,12 @@ def _peak_memory(net: torch.nn.Module, x: torch.Tensor) -> int | None:
         net(x)
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is resident still, and would be used unseen
         Path('/proc/self/clear_refs').write_text('5')  # sets the peak to what is resident now: proc(5)
         before = _resident('VmRSS')
         net(x)
         return max(_resident('VmHWM') - before, 0)
-    except OSError:
+    except (OSError, AttributeError):  # no Linux, or a C library without malloc_trim
         return None
 
 
