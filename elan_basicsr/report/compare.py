@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from elan_basicsr import inference
@@ -31,6 +30,7 @@ from elan_basicsr.data.resize import imresize
 from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
 from elan_basicsr.report import figures
+from elan_basicsr.report.complexity import count
 from elan_basicsr.report.html import Picture, show, write_html
 from elan_basicsr.report.measure import METRICS, all_differences, mean, measure, perceptual_metrics
 from elan_basicsr.report.pairs import Pair, read_pairs
@@ -43,8 +43,9 @@ from basicsr.utils import img2tensor, tensor2img
 BICUBIC = 'bicubic'
 COST_SIZE = (720, 1280)
 """HR height and width at which papers count MACs."""
-COST_NOTE = (f'For an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels: multiply-adds (MACs) as torch counts them, the '
-             'median latency of three runs, and the memory of a run at its peak beside what the network holds.')
+COST_NOTE = (f'For an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels: multiply-adds (MACs) as torch counts them and as '
+             'the ELAN paper does, the median latency of three runs, and the memory of a run at its peak beside what '
+             'the network holds.')
 SHOWN = 5
 SMALLEST_CROP = 24
 DIFFERENCES_OF = ('psnr_y', 'ssim_y')
@@ -247,30 +248,34 @@ def cost(contender: Contender, scale: int, device: str) -> dict:
     """What a network costs at an output of 1280x720 pixels.
 
     Returns:
-        `parameters`, `macs` (multiply-adds as torch counts them), `latency` (seconds, the median of three runs after
-        one to warm up) and `memory` (bytes at the peak of a run beyond what was held before it, on the GPU or, on
-        Linux, resident); None where there is no figure.
+        `parameters`, `macs` and `paper_macs` as `complexity.count` gives them, `latency` (seconds, the median of three
+        runs after one to warm up) and `memory` (bytes at the peak of a run beyond what was held before it, on the GPU
+        or, on Linux, resident); None where there is no figure.
     """
-    row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'latency': None,
-           'memory': None}
+    row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'paper_macs': None,
+           'latency': None, 'memory': None}
     if contender.network is None:
         return row
-    net = contender.network.net
-    x = torch.rand(1, 3, *(-(-edge // scale) for edge in COST_SIZE), device=device)
+    net, size = contender.network.net, [-(-edge // scale) for edge in COST_SIZE]
+    x = torch.rand(1, 3, *size, device=device)
     seconds = []
     with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            net(x)
+        net(x)
         for _ in range(3):
             _synchronize(device)
             begin = time.perf_counter()
             net(x)
             _synchronize(device)
             seconds.append(time.perf_counter() - begin)
-    row.update(architecture=contender.network.name, parameters=sum(p.numel() for p in net.parameters()),
-               macs=counter.get_total_flops() // 2 or None, latency=float(np.median(seconds)),
-               memory=_peak_memory(net, x))
+    found = count(net, 3, *size)
+    row.update(architecture=contender.network.name, parameters=found.parameters, macs=found.macs,
+               paper_macs=found.paper_macs, latency=float(np.median(seconds)), memory=_peak_memory(net, x))
     return row
+
+
+def _synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()
@@ -293,11 +298,6 @@ def _peak_memory(net: torch.nn.Module, x: torch.Tensor) -> int | None:
 def _resident(key: str) -> int:
     status = Path('/proc/self/status').read_text()
     return int(re.search(rf'{key}:\s+(\d+) kB', status).group(1)) * 1024
-
-
-def _synchronize(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
 
 
 def _means(rows: Sequence[dict]) -> list[dict]:

@@ -125,9 +125,10 @@ def _costs(result: Mapping) -> Table:
         memory = None if row['memory'] is None else row['memory'] / 2**20
         cells.append([Cell(row['name'], row['name']), Cell(row['architecture'], row['architecture']),
                       Cell(f'{row["parameters"]:,}' if row['parameters'] else ABSENT, row['parameters']),
-                      Cell(si(row['macs']) if row['macs'] else ABSENT, row['macs']),
+                      *(Cell(si(row[key]) if row[key] else ABSENT, row[key]) for key in ('macs', 'paper_macs')),
                       Cell(show(latency, 1), latency), Cell(show(memory, 0), memory)])
-    headings = ['network', 'architecture', 'parameters', 'MACs', 'latency (ms)', 'peak memory (MiB)']
+    headings = ['network', 'architecture', 'parameters', 'MACs', "MACs, paper's count", 'latency (ms)',
+                'peak memory (MiB)']
     filled = [i for i in range(len(headings)) if any(row[i].text != ABSENT for row in cells)]
     return [headings[i] for i in filled], [[row[i] for i in filled] for row in cells]
 

@@ -109,6 +109,7 @@ def test_the_cost_of_each_network_is_in_the_tables_and_figures(report):
     assert (first['architecture'], edsr['architecture']) == ('ELAN', 'EDSR')
     # EDSR at 32x48: convolutions 3-8, twice 8-8, 8-8 and 8-32 there, 8-3 on the enlarged map.
     assert edsr['macs'] == 9 * 32 * 48 * (3 * 8 + 3 * 8 * 8 + 8 * 32 + 4 * 8 * 3)
+    assert first['paper_macs'] > 0 and edsr['paper_macs'] is None
     assert all(row['latency'] > 0 for row in (first, second, edsr)) and bicubic['latency'] is None
     assert bicubic['memory'] is None and bicubic['macs'] is None
     assert {path.name for path in (report / 'figures').iterdir()} >= {'psnr_latency.png', 'psnr_macs.png'}
