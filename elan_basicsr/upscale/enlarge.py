@@ -50,9 +50,9 @@ class Enlarger:
         self.network, self.device, self.dtype = network, device, DTYPES[dtype]
         self.grey = network.channels == (1, 1)
         self.self_ensemble = self_ensemble
-        self.scale = Fraction(scale or network.scale).limit_denominator(1000)
-        if not 0 < self.scale <= network.scale:
+        if scale is not None and not 0.01 <= scale <= network.scale:  # false for NaN, too
             raise UserError(f'--scale {scale}: the network enlarges by {network.scale}; expected that or less')
+        self.scale = Fraction(network.scale if scale is None else scale).limit_denominator(1000)
         self.window = math.lcm(network.window, inference.WINDOW)
         self.tile = tile if tile is None else _round_up(tile, self.window)
         self.overlap = _round_up(OVERLAP if overlap is None else overlap, self.window)
@@ -161,9 +161,10 @@ class Enlarger:
 
 
 def _to_integers(y: Tensor, channels: int, dtype: type) -> np.ndarray:
+    y = y.clamp(0, 1)
     if channels < y.shape[0]:
         y = y.mean(dim=0, keepdim=True)  # of a grey image, which went in as three equal channels
-    y = y.clamp(0, 1).mul(np.iinfo(dtype).max).round()
+    y = y.mul(np.iinfo(dtype).max).round()
     return y.permute(1, 2, 0).cpu().numpy().astype(dtype)
 
 

@@ -32,15 +32,15 @@ _JPEG = {'quality': 95, 'subsampling': 0}
 _SAVE = {'PNG': {'compress_level': 4}, 'JPEG': _JPEG, 'WEBP': {'quality': 95, 'exact': True},
          'TIFF': {'compression': 'tiff_adobe_deflate'}, 'BMP': {}}
 _ORIENTATION, _EXIF_IFD, _GPS_IFD, _EXIF_WIDTH, _EXIF_HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
-# Description, make, model, orientation, software, date, artist, copyright, EXIF, GPS.
-_TIFF_KEPT = (0x010E, 0x010F, 0x0110, _ORIENTATION, 0x0131, 0x0132, 0x013B, 0x8298, _EXIF_IFD, _GPS_IFD)
+# Description, make, model, orientation, software, date, artist, copyright.
+_TIFF_KEPT = (0x010E, 0x010F, 0x0110, _ORIENTATION, 0x0131, 0x0132, 0x013B, 0x8298)
 _BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, cv2.error, KeyError, IndexError,
              TypeError, OverflowError, Image.DecompressionBombError)
 
 
 @dataclass
 class Picture:
-    """An image as its file stores it: pixels unturned, the orientation in `exif`.
+    """An image as its file stores it: pixels unturned, the orientation in `exif`; those of a TIFF are turned upright.
 
     `colour` is (H, W, 3) RGB or (H, W, 1) grey, uint8 or uint16; `alpha` (H, W) of the same type, or None; `icc` the
     colour profile's bytes; `dpi` the resolution.
@@ -77,9 +77,11 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
             raise UserError(f'{path}: is empty')
         with _unbounded(), Image.open(path) as image:
             _check_header(image, path, max_pixels)
-            is_16_bit = _is_16_bit(image)
+            is_16_bit, exif = _is_16_bit(image), _exif(image)
             image.load()  # of a 16-bit file as well: OpenCV would fill up one that is cut off
-            meta = {'icc': image.info.get('icc_profile'), 'exif': _exif(image), 'dpi': _dpi(image)}
+            meta = {'icc': image.info.get('icc_profile'), 'exif': exif, 'dpi': _dpi(image)}
+            if image.format == 'TIFF':
+                exif.pop(_ORIENTATION, None)  # Pillow has turned the pixels, as OpenCV does
             if is_16_bit:
                 colour, alpha = _read_16_bit(path)
             else:
@@ -124,16 +126,17 @@ def _is_16_bit(image: Image.Image) -> bool:
 
 
 def _exif(image: Image.Image) -> Image.Exif:
-    exif = image.getexif()
-    for ifd in (_EXIF_IFD, _GPS_IFD):
-        exif.get_ifd(ifd)  # read while the file is open
-    if image.format == 'TIFF':  # whose EXIF tags stand among those of its layout
-        kept = Image.Exif()
-        for tag in _TIFF_KEPT:
-            if tag in exif:
-                kept[tag] = exif.get_ifd(tag) if tag in (_EXIF_IFD, _GPS_IFD) else exif[tag]
-        return kept
-    return exif
+    """A copy of the EXIF data of an image not yet loaded: camera and position as dicts, without the thumbnail."""
+    exif, kept = image.getexif(), Image.Exif()
+    for tag, value in exif.items():
+        if tag in _TIFF_KEPT or image.format != 'TIFF':  # whose EXIF tags stand among those of its layout
+            kept[tag] = value
+    for tag in (_EXIF_IFD, _GPS_IFD):
+        if details := dict(exif.get_ifd(tag)):
+            kept[tag] = details
+        elif tag in kept:
+            del kept[tag]
+    return kept
 
 
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
@@ -232,7 +235,10 @@ def _write_8_bit(picture: Picture, path: Path, kind: str) -> None:
         image.save(path, kind, **({'dpi': picture.dpi} if picture.dpi else {}))
         return
     keep = {'icc_profile': picture.icc, 'dpi': picture.dpi, 'exif': _exif_bytes(picture)}
-    image.save(path, kind, **_SAVE[kind], **{name: value for name, value in keep.items() if value})
+    options = _SAVE[kind]
+    if kind == 'TIFF' and (_EXIF_IFD in picture.exif or _GPS_IFD in picture.exif):
+        options = {}  # with compression libtiff writes the file, which refuses nested tags
+    image.save(path, kind, **options, **{name: value for name, value in keep.items() if value})
 
 
 def _pixels(picture: Picture) -> np.ndarray:
@@ -247,7 +253,7 @@ def _exif_bytes(picture: Picture) -> bytes:
     if not len(picture.exif):
         return b''
     try:
-        details = picture.exif.get_ifd(_EXIF_IFD)
+        details = picture.exif.get(_EXIF_IFD, {})
         for tag, value in ((_EXIF_WIDTH, picture.colour.shape[1]), (_EXIF_HEIGHT, picture.colour.shape[0])):
             if tag in details:
                 details[tag] = value
@@ -287,7 +293,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 def _write_tiff16(picture: Picture, path: Path) -> None:
     pixels = _pixels(picture)
-    turned = picture.exif.get(_ORIENTATION)
+    turned = picture.exif.get(_ORIENTATION)  # of a PNG or JPEG
     tifffile.imwrite(
         path, pixels, compression='zlib', predictor=True, metadata=None, iccprofile=picture.icc,
         photometric='rgb' if picture.colour.shape[2] == 3 else 'minisblack', planarconfig='contig',

@@ -1,0 +1,163 @@
+"""What belongs to a picture stays with it, in every format and depth."""
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from elan_basicsr.checkpoint import load_elan
+from elan_basicsr.data.resize import imresize
+from elan_basicsr.upscale.image_files import Picture, write_picture
+from tests.upscale.conftest import WEIGHTS
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+
+
+def expected(pixels, most=255):
+    """PyTorch's own output for (H, W, 3), as integers."""
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / most
+    with torch.no_grad():
+        y = load_elan(WEIGHTS)(x).clamp(0, 1).mul(most).round()
+    return y[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif', '.bmp'])
+def test_eight_bits_are_pytorchs_own_to_the_byte(run, photograph, suffix):
+    Image.fromarray(photograph).save('a' + suffix)
+    assert run('a' + suffix, '-o', 'out')[0] == 0
+    assert (np.asarray(Image.open('out/a' + suffix)) == expected(photograph)).all()
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_sixteen_bits_stay(run, photograph, suffix, channels):
+    pixels = np.dstack([photograph * np.uint16(257), np.linspace(0, 65535, 21 * 30).reshape(21, 30)])[..., :channels]
+    pixels = pixels.astype(np.uint16)
+    cv2.imwrite('a' + suffix, pixels[..., [2, 1, 0, 3][:channels]] if channels > 1 else pixels)
+    assert run('a' + suffix, '-o', 'out')[0] == 0
+    found = cv2.imread('out/a' + suffix, cv2.IMREAD_UNCHANGED)
+    assert found.dtype == np.uint16 and found.shape == (42, 60, channels)[:2 if channels == 1 else 3]
+    if channels == 3:
+        assert (found[..., ::-1] == expected(pixels, 65535)).all()
+    if channels == 1:
+        assert np.abs(found - expected(pixels.repeat(3, 2), 65535).mean(2)).max() <= 1
+
+
+def turned_to_the_right():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, 'maker'
+    exif.get_ifd(0x8769).update({0x9003: '2020:02:02 02:02:02', 0xA002: 30, 0xA003: 21})
+    return exif
+
+
+def upright(name):
+    """How a viewer shows it."""
+    with Image.open(name) as image:
+        image.load()
+        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'), int)
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif', '.jpg', '.webp'])
+def test_profile_orientation_and_camera_stay(run, photograph, suffix):
+    exif = turned_to_the_right().tobytes()
+    Image.fromarray(photograph).save('a' + suffix, exif=exif, icc_profile=PROFILE, dpi=(300, 300))
+    assert run('a' + suffix, '-o', 'out')[0] == 0
+    assert upright('out/a' + suffix).shape == (60, 42, 3)
+    with Image.open('out/a' + suffix) as found:
+        assert found.info['icc_profile'] == PROFILE
+        kept = found.getexif()
+        assert kept[0x010F] == 'maker' and kept.get_ifd(0x8769)[0x9003] == '2020:02:02 02:02:02'
+        if suffix != '.tif':  # whose pixels are turned instead
+            assert found.size == (60, 42) and kept[0x0112] == 6 and kept.get_ifd(0x8769)[0xA002] == 60
+        assert suffix == '.webp' or round(found.info['dpi'][0]) == 300
+
+
+@pytest.mark.parametrize('target', ['a.png', 'a.tif'])
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+def test_profile_and_orientation_stay_at_sixteen_bits(run, photograph, suffix, target):
+    wide = photograph * np.uint16(257)
+    if suffix == '.tif':
+        tifffile.imwrite('a.tif', wide, photometric='rgb', iccprofile=PROFILE, resolution=(300, 300),
+                         resolutionunit='INCH', extratags=[(0x0112, 'H', 1, 6, True)])
+    else:
+        write_picture(Picture(wide, None, PROFILE, turned_to_the_right(), (300, 300)), Path('a.png'))
+    Path('out').mkdir()
+    assert run('a' + suffix, '-o', 'out/' + target)[0] == 0
+    turned = np.rot90(wide, -1) if suffix == '.tif' else wide
+    shown = np.round(expected(turned, 65535) / 257) if suffix == '.tif' else np.rot90(expected(wide, 65535) / 257, -1)
+    assert np.abs(upright('out/' + target) - shown).max() <= 1
+    with Image.open('out/' + target) as found:
+        assert found.info['icc_profile'] == PROFILE and round(found.info['dpi'][0]) == 300
+    assert cv2.imdecode(np.fromfile('out/' + target, np.uint8), 130).dtype == np.uint16  # unchanged, not turned
+
+
+def test_a_format_without_orientation_gets_the_picture_upright(run, photograph):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photograph).save('a.png', exif=exif)
+    assert run('a.png', '-o', 'a.bmp')[0] == run('a.png', '-o', 'b.png')[0] == 0
+    upright = ImageOps.exif_transpose(Image.open('b.png'))
+    assert Image.open('a.bmp').size == (42, 60) and (np.asarray(Image.open('a.bmp')) == np.asarray(upright)).all()
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', '1', 'P', 'RGBA', 'CMYK'])
+def test_modes(run, photograph, mode):
+    image = Image.fromarray(photograph)
+    image.putalpha(Image.linear_gradient('L').resize((30, 21)).point(lambda value: max(value, 1)))
+    image = image.convert('RGB' if mode in ('CMYK', 'P') else 'RGBA').convert(mode)
+    name = 'a.jpg' if mode == 'CMYK' else 'a.png'
+    image.save(name)
+    assert run(name, '-o', 'out')[0] == 0
+    found = Image.open(f'out/{name}')
+    assert found.mode == {'1': 'L', 'P': 'RGB', 'CMYK': 'RGB'}.get(mode, mode) and found.size == (60, 42)
+    colours = np.asarray(Image.open(name).convert('L' if found.mode in ('L', 'LA') else 'RGB').convert('RGB'))
+    wanted = expected(colours)
+    wanted = wanted.mean(2, keepdims=True).repeat(3, 2) if found.mode in ('L', 'LA') else wanted
+    assert np.abs(np.asarray(found.convert('RGB')) - wanted).mean() < (8 if mode == 'CMYK' else 1)  # JPEG loses some
+
+
+def test_alpha_is_enlarged_by_the_network_as_a_grey_image(run, photograph):
+    alpha = np.asarray(Image.linear_gradient('L').resize((30, 21)))
+    image = Image.fromarray(photograph)
+    image.putalpha(Image.fromarray(alpha))
+    image.save('a.png')
+    Image.fromarray(alpha).save('alpha.png')
+    assert run('a.png', 'alpha.png', '-o', 'out')[0] == 0
+    found = np.asarray(Image.open('out/a.png'))
+    assert (found[..., 3] == np.asarray(Image.open('out/alpha.png'))).all()
+
+
+def test_a_colour_that_nobody_sees_does_not_bleed_into_what_is_seen(run, photograph):
+    alpha = np.zeros((21, 30), np.uint8)
+    alpha[:, 10:20] = 255
+    for name, hidden in (('black', 0), ('white', 255)):
+        pixels = np.where(alpha[..., None] > 0, photograph, np.uint8(hidden))
+        Image.fromarray(np.dstack([pixels, alpha])).save(f'{name}.png')
+    assert run('black.png', 'white.png', '-o', 'out')[0] == 0
+    assert (np.asarray(Image.open('out/black.png')) == np.asarray(Image.open('out/white.png'))).all()
+
+
+def test_opaque_and_transparent_palettes(run, photograph):
+    image = Image.fromarray(photograph).quantize(16)
+    image.save('a.png', transparency=0)
+    image.convert('RGB').save('b.png', transparency=tuple(int(v) for v in np.asarray(image.convert('RGB'))[0, 0]))
+    assert run('a.png', 'b.png', '-o', 'out')[0] == 0
+    assert Image.open('out/a.png').mode == Image.open('out/b.png').mode == 'RGBA'
+
+
+def test_a_still_gif_becomes_png(run, photograph):
+    Image.fromarray(photograph).save('a.gif')
+    assert run('a.gif', '-o', 'out')[0] == 0
+    assert Image.open('out/a.png').size == (60, 42)
+
+
+def test_another_format_and_less_than_the_networks_scale(run, photograph):
+    Image.fromarray(photograph).save('a.png')
+    assert run('a.png', '-o', 'out', '--format', 'webp', '--scale', '1.5')[0] == 0
+    assert Image.open('out/a.webp').format == 'WEBP' and Image.open('out/a.webp').size == (45, 32)
+    assert run('a.png', '-o', 'out', '--scale', '1.5')[0] == 0
+    whole = expected(photograph).astype(np.uint8)
+    assert (np.asarray(Image.open('out/a.png')) == imresize(whole, 0.75)).all()
