@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from elan_basicsr.data.images import EXTENSIONS
 from elan_basicsr.errors import UserError
@@ -303,6 +303,8 @@ def _write_tiff16(picture: Picture, path: Path) -> None:
 
 
 def _one_line(error: BaseException, path: Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return 'of no known format'
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = ' '.join(text.replace(repr(str(path)), 'it').split())
     return (text[:120] + '…' if len(text) > 120 else text) or type(error).__name__
