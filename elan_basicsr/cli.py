@@ -387,7 +387,7 @@ def _add_benchmark(commands) -> None:
                       '  basicsr benchmark --table --official ../ELAN')
     parser.add_argument('networks', nargs='*', metavar='NET',
                         help='ELAN, ELAN-light, SwinIR-light, official, official-light, an architecture with arguments '
-                             '(SwinIR:embed_dim=60,window_size=8), an option file or a checkpoint')
+                             '(SwinIR:embed_dim=60,window_size=8), an option file or a checkpoint; or LABEL=NET')
     parser.add_argument('--official', metavar='DIR', help="a checkout of the authors' repository, which you have")
     parser.add_argument('--scale', type=int, default=4, metavar='N', help='enlargement (default: 4)')
     parser.add_argument('--sizes', nargs='+', type=_size, default=[(320, 180)], metavar='WxH',
@@ -421,7 +421,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     from elan_basicsr.report.subjects import Subject
     settings = Settings(sizes=args.sizes, dtypes=args.dtype, devices=args.device, threads=args.threads or [None],
                         runs=args.runs, train=args.train, batch=args.batch, patch=args.patch, memory=args.memory)
-    return benchmark([Subject(spec, args.scale, args.official) for spec in args.networks], settings,
+    return benchmark([Subject.parse(text, args.scale, args.official) for text in args.networks], settings,
                      psnr=dict(args.psnr), json_file=args.json, figure=args.figure, axis=args.axis)
 
 

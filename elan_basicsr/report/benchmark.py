@@ -58,7 +58,7 @@ class Row:
     min: float
     max: float
     ratio: float | None = None
-    gemm_share: float | None = None
+    gemm_share: float | None = None  # of the rate of a 2048² product in float32, measured alongside
     memory: int | None = None
     memory_ratio: float | None = None
 
@@ -90,7 +90,8 @@ def benchmark(subjects: Sequence[Subject], settings: Settings, psnr: Mapping[str
         console.print(table)
     groups = []
     for group in measure_groups(subjects, settings):
-        console.print(_group_table(group))
+        for table in _group_tables(group):
+            console.print(table)
         groups.append(group)
     if json_file:
         write_json({'networks': networks, 'rows': [asdict(row) for group in groups for row in group]}, json_file)
@@ -221,7 +222,7 @@ def write_json(content: dict, file: str) -> None:
 
 def new_table(title: str, columns: Sequence[str], box: rich.box.Box = rich.box.SIMPLE_HEAD) -> Table:
     """A table whose first column is text and the others figures."""
-    table = Table(title=title, title_justify='left', box=box, pad_edge=False)
+    table = Table(title=title, title_justify='left', box=box)
     for index, column in enumerate(columns):
         table.add_column(column, justify='right' if index else 'left', overflow='fold', no_wrap=index > 0)
     return table
@@ -245,22 +246,23 @@ def _network_tables(networks: Sequence[dict]) -> Iterator[Table]:
         yield table
 
 
-def _group_table(rows: Sequence[Row]) -> Table:
+def _group_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Time, then memory if it was measured."""
     first = rows[0]
     batch, _, height, width = first.shape
     where = f'{first.device}, {first.threads} threads' if first.device == 'cpu' else first.device
-    what = f'{batch} x ' if batch > 1 else ''
-    has_share, has_memory = (any(getattr(row, name) is not None for row in rows) for name in ('gemm_share', 'memory'))
-    columns = ['network', 'dtype', 'median s', 'min', 'max', 'ratio']
-    columns += ['GEMM'] * has_share + ['MiB', 'ratio'] * has_memory
-    table = new_table(f'{first.work}, {what}{width}x{height}, {where}, {len(first.seconds)} runs', columns)
+    what = f'{first.work}, {f"{batch} x " if batch > 1 else ""}{width}x{height}, {where}'
+    table = new_table(f'{what}, {len(first.seconds)} runs', ['network', 'dtype', 'median s', 'min', 'max', 'ratio',
+                                                             'of GEMM'])
     for row in rows:
-        cells = [row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
-                 f'{row.ratio:.3f}']
-        cells += [_show(row.gemm_share, '.0%')] * has_share
-        cells += [mib(row.memory), _show(row.memory_ratio, '.3f')] * has_memory
-        table.add_row(*cells)
-    return table
+        table.add_row(row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
+                      f'{row.ratio:.3f}', _show(row.gemm_share, '.0%'))
+    yield table
+    if any(row.memory is not None for row in rows):
+        table = new_table(f'{what}, peak memory', ['network', 'dtype', 'MiB', 'ratio'])
+        for row in rows:
+            table.add_row(row.network, row.dtype, mib(row.memory), _show(row.memory_ratio, '.3f'))
+        yield table
 
 
 def _bubbles(networks: Sequence[dict], rows: Sequence[Row]) -> list[dict]:

@@ -41,14 +41,24 @@ class Subject:
             with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, or a checkpoint.
         scale: Enlargement.
         checkout: The authors' repository, for `official` and `official-light`.
+        label: What to call it, if not by its spec.
     """
     spec: str
     scale: int
     checkout: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, scale: int, checkout: str | None = None) -> Subject:
+        """A subject from `SPEC` or `LABEL=SPEC`."""
+        label, equals, spec = text.partition('=')
+        if not equals or ':' in label or Path(text).is_file():
+            return cls(text, scale, checkout)
+        return cls(spec, scale, checkout, label)
 
     @property
     def name(self) -> str:
-        return Path(self.spec).stem if Path(self.spec).is_file() else self.spec
+        return self.label or (Path(self.spec).stem if Path(self.spec).is_file() else self.spec)
 
     @property
     def value_range(self) -> float:

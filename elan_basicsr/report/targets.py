@@ -124,7 +124,7 @@ def benchmark_table(keys: Sequence[str], *, official: str | None, runs: int = 5,
         results.append(_measure(target, official, runs, device, threads))
         if target.dtype == 'bf16':
             results[-1].grey_levels = error
-        sys.stderr.write(f'{target.key}: {results[-1].ratio}\n')
+        sys.stderr.write(f'{target.key}: {_ratio(results[-1])}\n')
     _print(results, f'{device}, {threads} threads, {runs} runs')
     if json_file:
         write_json({'device': device, 'threads': threads, 'runs': runs,
@@ -182,10 +182,14 @@ def _print(results: Sequence[Result], setting: str) -> None:
     for result in results:
         show = _seconds if result.spread else _mebibytes
         note = f' (off by {result.grey_levels:.2f} grey levels)' if result.grey_levels is not None else ''
-        table.add_row(result.text + note, '–' if result.ratio is None else f'{result.ratio:.3f}', f'{result.limit:.2f}',
+        table.add_row(result.text + note, _ratio(result), f'{result.limit:.2f}',
                       '{:.3f}–{:.3f}'.format(*result.spread) if result.spread else '', show(result.ours),
                       show(result.theirs))
     Console(highlight=False, width=200).print(table)
+
+
+def _ratio(result: Result) -> str:
+    return '–' if result.ratio is None else f'{result.ratio:.3f}'
 
 
 def _seconds(value: float) -> str:

@@ -1,0 +1,95 @@
+import json
+
+import cv2
+import pytest
+import skimage.data
+import torch
+
+from elan_basicsr.cli import main
+from elan_basicsr.report import targets
+from elan_basicsr.report.targets import TARGETS, Target, grey_level_error
+
+TINY = 'tiny=ELAN:num_feat=15,num_block=1,window_sizes=[4]'
+EDSR = 'edsr=EDSR:num_feat=8,num_block=1'
+
+
+def test_tables_json_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    assert main(['benchmark', TINY, EDSR, '--scale', '2', '--sizes', '16x12', '20x8', '--dtype', 'float32', 'bf16',
+                 '--threads', '1', '--runs', '3', '--train', '--batch', '2', '--patch', '8', '--psnr', 'tiny=30.5',
+                 'edsr=30.25', '--json', 'out.json', '--figure', 'out.png']) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert '16x12 LR' in shown and 'training step, 2 x 8x8, cpu, 1 threads, 3 runs' in shown
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert [(n['name'], n['size'], n['psnr']) for n in found['networks'][:2]] == [
+        ('tiny', '16x12', 30.5), ('edsr', '16x12', 30.25)]
+    assert found['networks'][0]['paper_macs'] > 0 and found['networks'][1]['paper_macs'] is None
+    rows = found['rows']
+    assert len(rows) == 3 * 2 * 2 and rows[0]['ratio'] == 1
+    assert all(len(row['seconds']) == 3 and row['min'] <= row['median'] <= row['max'] for row in rows)
+    assert all(row['ratio'] == row['median'] / rows[4]['median'] for row in rows[4:8])
+    assert all((row['gemm_share'] is None) == (row['work'] == 'training step') for row in rows)
+    assert found['machine']['torch'] == torch.__version__
+    assert cv2.imread(str(tmp_path / 'out.png')).shape[0] > 100
+    assert torch.get_num_threads() == threads
+
+
+def test_memory_is_measured_in_processes_of_their_own(tmp_path):
+    out = tmp_path / 'out.json'
+    assert main(['benchmark', TINY, '--scale', '2', '--sizes', '640x640', '--threads', '1', '--runs', '1',
+                 '--memory', '--json', str(out)]) == 0
+    row, = json.loads(out.read_text())['rows']
+    assert row['memory'] > 3 * 4 * (640 * 640 * 5)  # three channels in, three of four times the pixels out
+    assert row['memory_ratio'] == 1
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'no network'), (['ELAN-light', 'ELAN-light'], 'is given twice'), (['nothing'], 'is no file and no network'),
+    (['ELAN-light', '--psnr', 'ELAN=30'], '--psnr ELAN: is none of the networks'),
+    (['ELAN-light', '--device', 'nowhere'], '--device nowhere: cannot be used'),
+    (['ELAN-light', '--json', 'out.txt'], 'ends with .json'),
+    (['ELAN-light', '--json', 'nowhere/out.json'], 'is no folder'),
+    (['official'], 'expected --official DIR'), (['--table', 'nothing'], 'is no row; expected some of light, swinir'),
+    (['--table', 'light'], 'expected --official DIR'), (['--table', 'swinir', '--trained', 'x.pth'], 'has no images')])
+def test_mistakes_are_told_before_anything_is_measured(arguments, message, capsys):
+    assert main(['benchmark', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('basicsr: error: ') and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments', [['--sizes', '320'], ['--runs', '0'], ['--psnr', 'a'], ['--dtype', 'int8']])
+def test_arguments_that_cannot_be_read(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(['benchmark', 'ELAN-light', *arguments])
+    assert stop.value.code == 2
+
+
+def test_the_rows_of_the_table():
+    assert [(target.key, target.limit) for target in TARGETS] == [
+        ('light', 0.45), ('swinir', 0.22), ('bf16', 0.15), ('classic', 0.28), ('step-light', 0.6),
+        ('step-classic', 0.6), ('memory-light', 0.5), ('memory-classic', 0.5), ('memory-light-checkpoint', 0.25),
+        ('memory-classic-checkpoint', 0.25), ('memory-image', 0.4)]
+
+
+def test_the_table(tmp_path, capsys, monkeypatch):
+    tiny, edsr = (text.partition('=')[2] for text in (TINY, EDSR))
+    monkeypatch.setattr(targets, 'TARGETS', [
+        Target('time', 'tiny / edsr', tiny, edsr, 0.5, (1, 12, 16), dtype='bf16'),
+        Target('step', 'tiny / edsr', tiny, edsr, 0.5, (2, 8, 8), 'training step'),
+        Target('other', 'tiny / official', tiny, 'official', 0.5)])
+    before = torch.get_num_threads()
+    out = tmp_path / 'out.json'
+    assert main(['benchmark', '--table', '--runs', '2', '--threads', str(before), '--json', str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert '| tiny / edsr' in shown and 'official' not in shown
+    for row in json.loads(out.read_text())['table']:
+        assert row['spread'][0] <= row['ratio'] <= row['spread'][1] and row['ratio'] == row['ours'] / row['theirs']
+
+
+def test_the_error_of_bf16_in_grey_levels(shared, tmp_path):
+    image = tmp_path / 'lr.png'
+    cv2.imwrite(str(image), skimage.data.astronaut()[100:148, 100:164, ::-1])
+    error = grey_level_error(str(shared / 'trained' / 'light_x4.pt'), [str(image)])
+    assert 0.01 < error < 20
