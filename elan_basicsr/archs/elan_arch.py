@@ -245,9 +245,9 @@ class ELAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         x = reflect_pad_to_multiple(x, math.lcm(*self.window_sizes))
-        head = self.head(x * self.img_range - self.mean_in)
+        head = _in_full_precision(self.head, x * self.img_range - self.mean_in)
         x = self._run_body(head)
-        x = F.pixel_shuffle(self.tail(x + head), self.upscale)
+        x = F.pixel_shuffle(_in_full_precision(self.tail, x + head), self.upscale)
         x = (x + self.mean_out) / self.img_range
         return x[..., :h * self.upscale, :w * self.upscale]
 
@@ -263,6 +263,12 @@ class ELAN(nn.Module):
             else:
                 x = run(x)
         return x
+
+
+def _in_full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution that autocast leaves alone: what carries whole grey levels has no room in bfloat16's 8 bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        return conv(x.to(conv.weight.dtype))
 
 
 # What `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised one, takes the

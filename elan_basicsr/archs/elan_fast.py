@@ -7,6 +7,9 @@ shift included. All buffers are made once per call: calls share nothing.
 
 BatchNorm is folded into the projection at every call. A cached fold would have to notice changed weights, and updates
 through `.data`, as the toolbox's moving average makes them, leave no trace in a tensor's version.
+
+Under autocast to bfloat16, local features and the projection out of attention are computed in it. The map itself,
+queries and attention stay in float32.
 """
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_ty
             or x.dtype not in (torch.float32, torch.float64) or any(w % 2 for w in window_sizes)):
         return False
     if (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-            or torch.is_autocast_enabled('cpu') or torch._C._functorch.maybe_current_level() is not None):
+            or (torch.is_autocast_enabled('cpu') and _low_precision(x.dtype) != torch.bfloat16)
+            or torch._C._functorch.maybe_current_level() is not None):
         return False
     for module in body.modules():
         if (module.training or type(module) not in plain_types or module._forward_hooks or module._forward_pre_hooks
@@ -44,22 +48,28 @@ def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_ty
 def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Tensor:
     """Run all blocks on a padded map. (B, C, H, W) -> the same, a new tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    with torch.no_grad():
+    low = _low_precision(x.dtype)
+    with torch.no_grad(), torch.autocast('cpu', enabled=False):
         for image, result in zip(x, out, strict=True):
-            result.copy_(_Runner(body, image, window_sizes).run())
+            result.copy_(_Runner(body, image, window_sizes, low).run())
     return out
 
 
-def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+def _low_precision(dtype: torch.dtype) -> torch.dtype:
+    """What autocast asks for in place of float32."""
+    return torch.get_autocast_dtype('cpu') if dtype == torch.float32 and torch.is_autocast_enabled('cpu') else dtype
+
+
+def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A 1x1 convolution as weight (in, out) and bias (out), for tokens with the channels last."""
-    return conv.weight.flatten(1).t(), conv.bias
+    return conv.weight.flatten(1).t().to(dtype), conv.bias.to(dtype)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """The same of a 1x1 convolution followed by BatchNorm on its running statistics."""
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale * norm.weight if norm.weight is not None else scale
-    weight, bias = _matrix(conv)
+    weight, bias = _matrix(conv, conv.weight.dtype)
     bias = (bias - norm.running_mean) * scale
     return weight * scale, bias + norm.bias if norm.bias is not None else bias
 
@@ -101,12 +111,12 @@ def _shift_rows(source: Tensor, first: int, target: Tensor, start: int, height: 
 class _Attention:
     """What the passes need of a GMSA module: its projections as matrices, one into each group of windows."""
 
-    def __init__(self, gmsa: nn.Module, sharing: bool):
+    def __init__(self, gmsa: nn.Module, sharing: bool, low: torch.dtype):
         weight, bias = _folded(gmsa.project_in, gmsa.norm)
         groups = len(gmsa.window_sizes)
         self.projections = [(part.contiguous(), offset)
                             for part, offset in zip(weight.chunk(groups, 1), bias.chunk(groups), strict=True)]
-        self.project_out = _matrix(gmsa.project_out)
+        self.project_out = _matrix(gmsa.project_out, low)
         self.shifted = gmsa.shifted
         self.shares = gmsa.shares
         self.sharing = sharing
@@ -115,21 +125,22 @@ class _Attention:
 class _Runner:
     """The map and the buffers of one image, and the passes over them."""
 
-    def __init__(self, body: nn.ModuleList, image: Tensor, window_sizes: Sequence[int]):
+    def __init__(self, body: nn.ModuleList, image: Tensor, window_sizes: Sequence[int], low: torch.dtype):
         self.body = body
         self.window_sizes = window_sizes
+        self.low = low
         self.c, self.h, self.w = image.shape
         self.x = image.permute(1, 2, 0).contiguous()
         step = max(window_sizes)
         self.band = min(self.h, max(BAND_PIXELS // (self.w * step), 1) * step)
         hidden = max(lfe.conv0.out_channels for block in body for lfe in block.lfe)
-        self.shifted = image.new_empty(self.band + 1, self.w, self.c)
-        self.hidden = image.new_empty((self.band + 2) * self.w * hidden)
-        self.shifted_hidden = image.new_empty(self.band * self.w * hidden)
-        self.delta = image.new_empty(self.band, self.w, self.c)
+        self.shifted = image.new_empty(self.band + 1, self.w, self.c, dtype=low)
+        self.hidden = image.new_empty((self.band + 2) * self.w * hidden, dtype=low)
+        self.shifted_hidden = image.new_empty(self.band * self.w * hidden, dtype=low)
+        self.delta = image.new_empty(self.band, self.w, self.c, dtype=low)
         width = self.c // len(window_sizes)
         self.tokens = image.new_empty(self.band * self.w * 2 * width)
-        self.attended = image.new_empty(self.h, self.w, self.c)
+        self.attended = image.new_empty(self.h, self.w, self.c, dtype=low)
         self.maps = self._room_for_maps(image)
 
     def _room_for_maps(self, image: Tensor) -> dict[int, Tensor]:
@@ -144,7 +155,7 @@ class _Runner:
         for block in self.body:
             queries: dict[tuple[int, int], Tensor] = {}
             for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
-                self._module(lfe, _Attention(gmsa, sharing=len(block.gmsa) > 1), queries)
+                self._module(lfe, _Attention(gmsa, len(block.gmsa) > 1, self.low), queries)
         return self.x.permute(2, 0, 1)
 
     def _module(self, lfe: nn.Module, gmsa: _Attention, queries: dict[tuple[int, int], Tensor]) -> None:
@@ -176,7 +187,7 @@ class _Runner:
 
         A band's widened map is made one row ahead of the band, so that it rests on rows that are not yet updated.
         """
-        (weight0, bias0), (weight1, bias1) = _matrix(lfe.conv0), _matrix(lfe.conv1)
+        (weight0, bias0), (weight1, bias1) = _matrix(lfe.conv0, self.low), _matrix(lfe.conv1, self.low)
         c, wide = self.c, lfe.conv0.out_channels
         hidden = self.hidden[:(self.band + 2) * self.w * wide].view(-1, self.w, wide)
         first = ahead = 0  # the rows of the map that `hidden` holds: from `first` to before `ahead`
@@ -237,7 +248,7 @@ class _Runner:
         windows = result.view((end - start) // window, self.w // window, window, window, channels)
         rows = self._rows(start, end, shift)
         wraps = len(rows) > 1
-        band = result.new_empty(end - start, self.w, channels) if wraps else image[rows[0][0]]
+        band = image.new_empty(end - start, self.w, channels) if wraps else image[rows[0][0]]
         for columns, across, inside in self._columns(window, shift):
             _grid(band[:, columns], window, inside).copy_(windows[:, across, :, inside])
         if wraps:

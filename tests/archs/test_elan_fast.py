@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elan_basicsr.archs import elan_fast
+from elan_basicsr.archs import elan_arch, elan_fast
 from elan_basicsr.archs.elan_arch import ELAN
 
 
@@ -25,8 +25,10 @@ def _network(**arguments) -> ELAN:
 
 
 def _plain(net: ELAN, x: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        return net(x).detach()
+    """What the modules themselves compute."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(elan_fast, 'serves', lambda *_: False)
+        return net(x)
 
 
 @settings(max_examples=10, deadline=None)
@@ -100,7 +102,7 @@ def test_it_serves_evaluation_of_plain_modules_only(case, monkeypatch):
     dtype = next(net.parameters()).dtype
     with torch.set_grad_enabled(case == 'gradients'), torch.autocast('cpu', torch.bfloat16, case == 'autocast'):
         net(torch.rand(1, 3, 16, 16, dtype=dtype))
-    assert bool(calls) == (case == 'no grad')
+    assert bool(calls) == (case in ('no grad', 'autocast'))
 
 
 def test_export_traces_the_modules():
@@ -111,3 +113,16 @@ def test_export_traces_the_modules():
         assert torch.allclose(traced(x), net(x), atol=1e-4)
         exported = torch.export.export(net, (x,)).module()
         assert torch.allclose(exported(x), net(x), atol=1e-4)
+
+
+def test_bfloat16_is_no_further_off_than_the_modules_under_autocast():
+    net = _network().float()
+    x = torch.rand(1, 3, 40, 50)
+    with torch.no_grad():
+        exact = net(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert elan_fast.serves(net.body, torch.rand(1, 30, 16, 16), net.window_sizes, elan_arch._FAST_TYPES)
+            fast = net(x)
+            plain = _plain(net, x)
+    assert fast.dtype == torch.float32
+    assert 0 < (fast - exact).abs().mean() <= 1.1 * (plain - exact).abs().mean()

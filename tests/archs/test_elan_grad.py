@@ -1,0 +1,81 @@
+"""Training blocks compute what the modules compute, and so do their gradients."""
+import pytest
+import torch
+
+from elan_basicsr.archs import elan_grad
+from elan_basicsr.archs.elan_arch import ELAN
+
+
+def _network(**arguments) -> ELAN:
+    torch.manual_seed(0)
+    return ELAN(**{**dict(upscale=2, num_feat=30, num_block=6, num_share=1), **arguments}).double().train()
+
+
+def _step(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients and statistics of a step on x, by name."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    y = net(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
+    return {'y': y.detach(), 'x': x.grad, **gradients, **{name: b.clone() for name, b in net.named_buffers()}}
+
+
+def _of_the_modules(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elan_grad, 'serves', lambda *_: False)
+        return _step(net, x)
+
+
+def _assert_equal(one: dict, other: dict) -> None:
+    largest = {name: max(float(value.double().abs().max()), 1.) for name, value in other.items()}
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (value - other[name]).double().abs().max() <= 1e-9 * largest[name], name
+
+
+@pytest.mark.parametrize('use_checkpoint', [False, True])
+@pytest.mark.parametrize('num_share', [0, 1, 2])
+def test_values_gradients_and_statistics_are_those_of_the_modules(num_share, use_checkpoint):
+    x = torch.rand(2, 3, 19, 33, dtype=torch.float64)
+    ours = _step(_network(num_share=num_share, use_checkpoint=use_checkpoint), x)
+    _assert_equal(ours, _of_the_modules(_network(num_share=num_share), x))
+
+
+def test_a_backward_pass_that_ends_early_leaves_nothing_behind():
+    x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    expected = _of_the_modules(_network(), x)
+    net = _network()
+    y = net(x)
+    last = net.body[-1].gmsa[-1].project_in.weight  # the block's first module, which ends its attention, is not reached
+    torch.autograd.grad(y.sum(), last, retain_graph=True)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    for _ in range(2):  # nor does one that does reach it
+        net.zero_grad()
+        (y * weights).sum().backward(retain_graph=True)
+        for name, p in net.named_parameters():
+            assert torch.allclose(p.grad, expected[name], rtol=1e-8, atol=1e-8), name
+
+
+def test_less_is_saved_for_the_backward_pass():
+    """Attention maps are not kept, nor the maps between a shift and its ReLU."""
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    sizes = []
+    for step in (_step, _of_the_modules):
+        saved: dict[int, int] = {}
+
+        def note(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            step(_network(), x)
+        sizes.append(sum(saved.values()))
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_a_network_that_is_watched_takes_the_plain_path():
+    net, seen = _network(), []
+    net.body[0].lfe[0].register_forward_hook(lambda *_: seen.append(1))
+    net(torch.rand(1, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    assert seen
