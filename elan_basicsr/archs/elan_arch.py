@@ -254,9 +254,11 @@ class ELAN(nn.Module):
     def _run_body(self, x: Tensor) -> Tensor:
         if elan_fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
             return elan_fast.run_body(self.body, x, self.window_sizes)
-        spares = elan_grad.serves(self.body, x, _FAST_TYPES)
+        run_block = None
+        if elan_grad.serves(self.body, x, _FAST_TYPES):
+            run_block = partial(elan_grad.run_block, memory={}, cut=cut_windows, paste=paste_windows)
         for block in self.body:
-            run = partial(elan_grad.run_block, block, cut=cut_windows, paste=paste_windows) if spares else block
+            run = partial(run_block, block) if run_block else block
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False,
                                context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))

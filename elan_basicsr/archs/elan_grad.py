@@ -2,8 +2,8 @@
 
 A shift is one pass forward and one backward, its ReLU included, instead of slices, fills and concatenations. On a CPU
 attention maps live as long as the modules of a block that share them need them, forward and backward: in between they
-are dropped and made again from the queries. On other devices attention is torch's fused kernel. Maps have the channels
-last in memory, so that windows are cut in runs.
+are dropped and made again from the queries, in memory that all blocks use. On other devices attention is torch's fused
+kernel. Maps have the channels last in memory, so that windows are cut in runs.
 """
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def serves(body: nn.ModuleList, x: Tensor, plain_types: set[type]) -> bool:
                         or module._backward_pre_hooks) for module in body.modules())
 
 
-def run_block(block: nn.Module, x: Tensor, cut: Callable, paste: Callable) -> Tensor:
-    """An ELAB on a padded map. (B, C, H, W) -> the same."""
+def run_block(block: nn.Module, x: Tensor, memory: dict, cut: Callable, paste: Callable) -> Tensor:
+    """An ELAB on a padded map. (B, C, H, W) -> the same. `memory`, empty at first, is one pass's for all blocks."""
     x = x.contiguous(memory_format=torch.channels_last)
     shared: list[_SharedMap] = []
     for i, (lfe, gmsa) in enumerate(zip(block.lfe, block.gmsa, strict=True)):
         hidden = F.conv2d(_Shift.apply(x, False), lfe.conv0.weight, lfe.conv0.bias)
         x = F.conv2d(_Shift.apply(hidden, True), lfe.conv1.weight, lfe.conv1.bias) + x
+        if not gmsa.shares:
+            shared = [_SharedMap(x.device, memory.setdefault(group, {})) for group in range(len(gmsa.window_sizes))]
         x = _gmsa(gmsa, x, shared, i + 1 == len(block.gmsa), cut, paste) + x
     return x
 
@@ -48,11 +50,9 @@ def _gmsa(gmsa: nn.Module, x: Tensor, shared: list[_SharedMap], last: bool, cut:
             x = x.float()
         groups = gmsa.norm(gmsa.project_in(x)).chunk(len(gmsa.window_sizes), dim=1)
         attended = []
-        for i, (group, window) in enumerate(zip(groups, gmsa.window_sizes, strict=True)):
+        for group, window, attention in zip(groups, gmsa.window_sizes, shared, strict=True):
             windows = cut(group, window, gmsa.shifted)
-            if not gmsa.shares:
-                shared.append(_SharedMap(x.device))
-            result = shared[i].attend(windows, first=not gmsa.shares, last=last)
+            result = attention.attend(windows, first=not gmsa.shares, last=last)
             attended.append(paste(result, size, window, gmsa.shifted))
     return gmsa.project_out(torch.cat(attended, dim=1))
 
@@ -110,8 +110,9 @@ def _overlap(out: Tensor, x: Tensor, dim: int, step: int) -> tuple[Tensor, Tenso
 class _SharedMap:
     """The attention softmax(q qᵀ) of one group of windows, for the modules of a block that share it."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, memory: dict[str, Tensor]):
         self.fused = device.type != 'cpu'
+        self.memory = memory
         self.q: Tensor | None = None  # while the block's forward pass runs
         self.attention: Tensor | None = None
         self.grad: Tensor | None = None  # of the attention map, summed over the modules that a backward pass has met
@@ -132,7 +133,7 @@ class _SharedMap:
     def map(self, q: Tensor) -> Tensor:
         """The attention map (N, window², window²), made if it is not there."""
         if self.attention is None:
-            logits = torch.bmm(q, q.transpose(1, 2))
+            logits = torch.bmm(q, q.transpose(1, 2), out=self._room('attention', q))
             self.attention = torch.softmax(logits, dim=-1, out=logits)
         return self.attention
 
@@ -143,9 +144,15 @@ class _SharedMap:
         if self.grad is None:
             # A backward pass that ends before it reaches the first module must leave nothing for the next one.
             Variable._execution_engine.queue_callback(self.forget)
-            self.grad = torch.bmm(grad, v.transpose(1, 2))
+            self.grad = torch.bmm(grad, v.transpose(1, 2), out=self._room('grad', grad))
         else:
             self.grad.baddbmm_(grad, v.transpose(1, 2))
+
+    def _room(self, name: str, tokens: Tensor) -> Tensor:
+        """Memory for a map of (N, window², C) tokens; only one block at a time needs it."""
+        if name not in self.memory:
+            self.memory[name] = tokens.new_empty(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+        return self.memory[name]
 
 
 class _AttendFirst(torch.autograd.Function):
@@ -165,7 +172,7 @@ class _AttendFirst(torch.autograd.Function):
         q, v = ctx.saved_tensors[0].chunk(2, dim=-1)
         attention = shared.map(q)
         shared.add_grad(grad, v)
-        logits = torch._softmax_backward_data(shared.grad, attention, -1, attention.dtype)
+        logits = torch._softmax_backward_data(shared.grad, attention, -1, attention.dtype, grad_input=shared.grad)
         of_q = torch.bmm(logits, q).baddbmm_(logits.transpose(1, 2), q)
         result = torch.cat([of_q, torch.bmm(attention.transpose(1, 2), grad)], dim=-1)
         shared.forget()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What dist_train.sh and dist_test.sh have in common. Usage: tools/dist_run.sh train|test PROCESSES OPTION_FILE [...]
+set -euo pipefail
+if [ $# -lt 3 ] || ! [ "$2" -ge 1 ] 2> /dev/null; then
+    echo "usage: tools/dist_$(basename "${1:-train}").sh PROCESSES OPTION_FILE [arguments]" >&2
+    exit 2
+fi
+command=$1 processes=$2 options=$3
+shift 3
+where=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ]; then
+    where=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?is not set: the number of this machine, from 0}"
+           --master_addr "${MASTER_ADDR:?is not set: the name of machine 0}" --master_port "${MASTER_PORT:-29500}")
+fi
+exec torchrun "${where[@]}" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-0}" \
+    -m elan_basicsr "$command" -opt "$options" --launcher pytorch "$@"
