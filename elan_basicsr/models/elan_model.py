@@ -15,6 +15,7 @@ from elan_basicsr import inference
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import NOTE, load_into, note_of_arguments, save_atomic
 from elan_basicsr.errors import UserError
+from elan_basicsr.models.sync_bn import synchronise
 from elan_basicsr.models.validation import validate
 
 from basicsr.models.sr_model import SRModel
@@ -55,7 +56,7 @@ class ELANModel(SRModel):
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         if self.opt.get('sync_bn') and self.opt['dist'] and self.is_train:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = synchronise(net, self.device)
         net = super().model_to_device(net)
         if self.opt.get('compile') and self.is_train:
             net.compile()
