@@ -6,6 +6,7 @@ ours.
 """
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -120,14 +121,19 @@ def _read_safetensors(path) -> dict:
                         ) from None
 
 
-def read_training_state(path: str | os.PathLike) -> dict:
+def own_state_name(iteration: int | str, rank: int) -> str:
+    """The file beside `ITER.state` with what only the process `rank` had."""
+    return f'{iteration}.rank{rank}.state'
+
+
+def read_training_state(path: str | os.PathLike, expected=('iter', 'epoch', 'optimizers', 'schedulers')) -> dict:
     """A `.state` file of a training run: iteration, optimizers, schedulers.
 
     Raises:
         UserError: The file is missing, damaged, or no training state.
     """
     state = _read_torch(path)
-    missing = [key for key in ('iter', 'epoch', 'optimizers', 'schedulers') if key not in state]
+    missing = [key for key in expected if key not in state]
     if missing:
         raise UserError(f'{path}: is no training state: {", ".join(missing)} missing; expected a file ITER.state that '
                         'a training run wrote')
@@ -153,13 +159,28 @@ def _one_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
-def save_atomic(content: dict, path: str | os.PathLike) -> None:
+UNFINISHED = '.tmp'  # ends the name of a file that is being written
+
+
+def save_atomic(content: dict, path: str | os.PathLike) -> str:
     """Write `content` with torch.save to a temporary file beside `path`, flush it to the disk, and rename it.
+
+    Returns:
+        The file's `checksum`.
 
     Raises:
         UserError: The folder cannot be written or the disk is full; a file that stood at `path` before is untouched.
     """
-    _write_atomic(lambda file: torch.save(content, file), path)
+    return _write_atomic(lambda file: torch.save(content, file), path)
+
+
+def checksum(file: BinaryIO) -> str:
+    """SHA-256 of a file open for reading, from its beginning, in hexadecimal digits."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def save_safetensors(state: StateDict, note: dict, path: str | os.PathLike) -> None:
@@ -169,15 +190,17 @@ def save_safetensors(state: StateDict, note: dict, path: str | os.PathLike) -> N
     _write_atomic(lambda file: file.write(data), path)
 
 
-def _write_atomic(write: Callable[[BinaryIO], object], path: str | os.PathLike) -> None:
+def _write_atomic(write: Callable[[BinaryIO], object], path: str | os.PathLike) -> str:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=UNFINISHED,
+                                         delete=False) as file:
             temporary = file.name
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            digest = checksum(file)
         os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile makes files for the owner alone
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
@@ -185,6 +208,7 @@ def _write_atomic(write: Callable[[BinaryIO], object], path: str | os.PathLike) 
             os.unlink(temporary)
         raise UserError(f'{path}: cannot be saved: {_one_line(error)}; what was saved before is intact') from error
     _sync_folder(path.parent)
+    return digest
 
 
 def _umask() -> int:

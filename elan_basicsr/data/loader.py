@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from elan_basicsr.data.sampling import SeededDataset, StreamSampler
 
 PREFETCH = 3  # batches that a worker makes ahead
 SLOTS = PREFETCH + 1  # and one for the batch that the main process is turning into floats
+GRACE = 300  # seconds that a worker goes on after SIGTERM, for the main process to finish its iteration and save
 
 
 class PatchLoader:
@@ -42,7 +44,7 @@ class PatchLoader:
             SeededDataset(dataset) if self._bytes is None else self._bytes, batch_size=sampler.batch_size,
             sampler=sampler, num_workers=workers, pin_memory=pin_memory and self._bytes is None,
             collate_fn=None if self._bytes is None else _as_it_is, prefetch_factor=PREFETCH if workers else None,
-            multiprocessing_context=context if workers else None, worker_init_fn=_spare_the_collector)
+            multiprocessing_context=context if workers else None, worker_init_fn=_start_worker)
 
     def __iter__(self) -> Iterator[dict]:
         batches = iter(self._loader)
@@ -55,8 +57,13 @@ def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
             else value for name, value in batch.items()}
 
 
-def _spare_the_collector(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     gc.freeze()  # what the parent has imported is for ever; searching it for garbage takes a tenth of a worker's time
+    # Schedulers and torchrun signal whole process groups. When to stop is for the main process to say, and a worker
+    # ends with it anyway.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _as_it_is(batch: dict) -> dict:

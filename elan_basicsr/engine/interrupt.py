@@ -1,8 +1,10 @@
 """Stopping between two iterations when a scheduler or a person asks for it."""
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,12 +16,19 @@ EXIT_STOPPED = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+SAME_REQUEST = 5
+"""Seconds within which a process of several takes signals for one request: a launcher passes on to each process what a
+terminal or a scheduler has sent to all of them already."""
+
 
 class StopRequest:
     """Within it, SIGTERM, SIGINT and SIGUSR1 ask for a stop after the iteration; a second one leaves at once."""
 
-    def __init__(self):
+    def __init__(self, several: bool = False):
+        """`several`: whether this process is one of several, see SAME_REQUEST."""
         self.cause: str | None = None
+        self._grace = SAME_REQUEST if several else 0
+        self._first = 0.
         self._previous: dict = {}
 
     def __enter__(self) -> StopRequest:
@@ -31,8 +40,13 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame) -> None:
-        self.cause = signal.Signals(number).name
-        self._restore()  # so that the next signal does what it does by default
+        if self.cause is None:
+            self.cause, self._first = signal.Signals(number).name, time.monotonic()
+            if not self._grace:
+                self._restore()  # so that the next signal does what it does by default
+        elif time.monotonic() - self._first > self._grace:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

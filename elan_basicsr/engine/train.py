@@ -15,12 +15,13 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from elan_basicsr.checkpoint import UNFINISHED
 from elan_basicsr.data.loader import PatchLoader, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
-from elan_basicsr.engine.resume import find_resume_state
+from elan_basicsr.engine.resume import find_resume_state, saved_states
 from elan_basicsr.engine.run import (
     build_checked_dataset,
     build_validation_loaders,
@@ -29,6 +30,7 @@ from elan_basicsr.engine.run import (
     open_log,
     set_backends,
 )
+from elan_basicsr.models.saving import save_whole_files
 
 from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from basicsr.models import build_model
@@ -50,7 +52,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
     """
     opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
                        auto_resume=auto_resume, root=root)
-    with process_group(launcher) as processes, StopRequest() as stop:
+    with process_group(launcher) as processes, StopRequest(processes.distributed) as stop:
         join_run(opt, processes)
         set_backends(opt)
         resume_state = open_run(opt, opt_path)
@@ -60,6 +62,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
         validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else []
         seed_all(opt['manual_seed'])  # the same initial weights on every process
         model = build_model(opt)
+        save_whole_files(model)
         if resume_state:
             model.resume_training(resume_state)
         run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
@@ -72,6 +75,8 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
 def open_run(opt: dict, opt_path: str) -> dict | None:
     """Make the run's folders (a finished run of the same name is moved aside) or find the state to resume from."""
     resume_state = find_resume_state(opt, opt.setdefault('notices', []))
+    if resume_state and opt['rank'] == 0:
+        remove_unfinished_files(opt)
     if resume_state is None:
         make_exp_dirs(opt)
         if opt['logger'].get('use_tb_logger') and 'debug' not in opt['name'] and opt['rank'] == 0:
@@ -83,13 +88,22 @@ def open_run(opt: dict, opt_path: str) -> dict | None:
     return resume_state
 
 
+def remove_unfinished_files(opt: dict) -> None:
+    """What a run that was killed while saving has left of it."""
+    for folder in (opt['path']['models'], opt['path']['training_states']):
+        for path in Path(folder).glob(f'.*{UNFINISHED}'):
+            path.unlink(missing_ok=True)
+
+
 def delete_old_checkpoints(opt: dict, keep: int) -> None:
-    """Leave the newest `keep` pairs of training state and networks; `latest` and `best` are not touched."""
-    states = [path for path in Path(opt['path']['training_states']).glob('*.state') if path.stem.isdigit()]
-    for state in sorted(states, key=lambda path: int(path.stem))[:-keep]:
-        state.unlink()  # first, so that no state is left without its networks
-        for network in Path(opt['path']['models']).glob(f'net_*_{state.stem}.pth'):
-            network.unlink()
+    """Leave the newest `keep` pairs of training state and networks; `latest`, `best` and what the options name stay."""
+    named = {osp.realpath(value) for value in opt['path'].values() if isinstance(value, str)}
+    for state in saved_states(opt)[:-keep]:
+        networks = list(Path(opt['path']['models']).glob(f'net_*_{state.stem}.pth'))
+        if named.isdisjoint(map(osp.realpath, (state, *networks))):
+            # The state goes first, so that none is left without its networks.
+            for path in (state, *state.parent.glob(f'{state.stem}.rank*.state'), *networks):
+                path.unlink(missing_ok=True)
 
 
 class Training:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import nullcontext
-from os import path as osp
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from elan_basicsr import inference
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import NOTE, load_into, note_of_arguments, save_atomic
+from elan_basicsr.checkpoint import load_into
 from elan_basicsr.errors import UserError
+from elan_basicsr.models.saving import WholeFiles
 from elan_basicsr.models.sync_bn import synchronise
 from elan_basicsr.models.validation import validate
 
@@ -27,7 +27,7 @@ AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 @MODEL_REGISTRY.register()
-class ELANModel(SRModel):
+class ELANModel(WholeFiles, SRModel):
     """SRModel plus EMA with buffers, mixed precision, accumulation, clipping, tiling, and validation on every rank.
 
     Everything is off by default, so an option file written for SRModel trains as it did. The keys, beside SRModel's:
@@ -41,9 +41,6 @@ class ELANModel(SRModel):
     - `val.tile`, `val.tile_overlap`: LR pixels; restore large images in tiles.
     - `val.self_ensemble`: average over the eight flips and rotations.
     """
-
-    progress: dict[str, int] = {}
-    """What the training loop wants kept in the training state, such as the number of samples used."""
 
     # ------------------------------------------------------------------ building
 
@@ -217,52 +214,19 @@ class ELANModel(SRModel):
 
     # ------------------------------------------------------------------ saving and resuming
 
-    def save(self, epoch, current_iter):
-        self._save_networks(current_iter)
-        self.save_training_state(epoch, current_iter)
-
     def _save_networks(self, label: int | str) -> None:
         if hasattr(self, 'net_g_ema'):
             self.save_network([self.net_g, self.net_g_ema], 'net_g', label, param_key=['params', 'params_ema'])
         else:
             self.save_network(self.net_g, 'net_g', label)
 
-    @master_only
-    def save_network(self, net, net_label, current_iter, param_key='params'):
-        """Write `models/LABEL_ITER.pth` whole or not at all; an error stops the run instead of being ignored."""
-        nets = net if isinstance(net, list) else [net]
-        keys = param_key if isinstance(param_key, list) else [param_key]
-        content = {key: {name: value.cpu() for name, value in self.get_bare_model(one).state_dict().items()}
-                   for one, key in zip(nets, keys, strict=True)}
-        if isinstance(self.get_bare_model(nets[0]), ELAN):
-            note = note_of_arguments(self.opt['network_g'])
-            content.update({NOTE: note} if note else {})  # an ordinary network's file is as the toolbox writes it
-        label = 'latest' if current_iter == -1 else current_iter
-        save_atomic(content, osp.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
-
-    @master_only
-    def save_training_state(self, epoch, current_iter):
-        """Write `training_states/ITER.state`, after the network it belongs to."""
-        if current_iter == -1:
-            return
-        state = {
-            'epoch': epoch, 'iter': current_iter,
-            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
-            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
-            **self.extra_state(),
-        }
-        save_atomic(state, osp.join(self.opt['path']['training_states'], f'{current_iter}.state'))
-
     def extra_state(self) -> dict:
-        """What the training state holds beyond upstream's: tensors, numbers, texts, and dicts and lists of them."""
-        extra = {'best_metric_results': getattr(self, 'best_metric_results', {}), **self.progress}
+        extra = super().extra_state()
         if hasattr(self.optim_wrapper, 'loss_scaler'):
             extra['loss_scaler'] = self.optim_wrapper.loss_scaler.state_dict()
         return extra
 
     def resume_training(self, resume_state):
         super().resume_training(resume_state)
-        if resume_state.get('best_metric_results'):
-            self.best_metric_results = resume_state['best_metric_results']
         if 'loss_scaler' in resume_state and hasattr(self.optim_wrapper, 'loss_scaler'):
             self.optim_wrapper.loss_scaler.load_state_dict(resume_state['loss_scaler'])

@@ -48,9 +48,9 @@ class _Degradations(ELANModel):
         finally:
             self.is_train = True
 
-    def extra_state(self) -> dict:
+    def own_state(self) -> dict:
         pool = {name: getattr(self, name) for name in _POOL if hasattr(self, name)}
-        return super().extra_state() | ({'pool': pool} if pool else {})
+        return {'pool': pool} if pool else {}
 
     def resume_training(self, resume_state):
         super().resume_training(resume_state)
