@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.version import __version__
 
+EXIT_RUN_LOST = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -472,7 +473,7 @@ def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda
         return args.call(args)
     except UserError as error:
         sys.stderr.write(f'basicsr: error: {error}\n')
-        return EXIT_USER_ERROR
+        return EXIT_RUN_LOST if isinstance(error, RunLost) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write('basicsr: interrupted\n')
         return EXIT_INTERRUPTED

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that says what is wrong, where (file, key, line), what was expected and what to do. The
     command line prints it as it stands and exits with code 2; a program that uses the package can catch it.
     """
+
+
+class RunLost(UserError):
+    """The run broke off through no fault in its options: a process died or hung. Exit code 1: resume it as it is."""

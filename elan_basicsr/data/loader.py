@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from elan_basicsr.data.sampling import SeededDataset, StreamSampler
+from elan_basicsr.errors import RunLost
 
 PREFETCH = 3  # batches that a worker makes ahead
 SLOTS = PREFETCH + 1  # and one for the batch that the main process is turning into floats
@@ -49,6 +52,22 @@ class PatchLoader:
     def __iter__(self) -> Iterator[dict]:
         batches = iter(self._loader)
         return batches if self._bytes is None else map(self._bytes.from_slot, batches)
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Around a training: torch reports a loader worker's death as a RuntimeError wherever the program is.
+
+    Raises:
+        RunLost: A loader worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.match(r'DataLoader worker \(pid', str(error)):
+            raise
+        raise RunLost(f'{str(error).splitlines()[0].rstrip(". ")}; out of memory? Fewer '
+                      'datasets.train.num_worker_per_gpu need less; resume with --auto_resume') from error
 
 
 def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:

@@ -5,6 +5,7 @@ import datetime
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import RunLost, UserError
 
 # Names under which each launcher tells rank, number of processes and rank on this host.
 _VARIABLES = {
@@ -23,7 +24,9 @@ _VARIABLES = {
 _HYDRA_VARIABLES = ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID')  # MPICH and Intel MPI
 _STARTED_BY = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 _DEFAULT_PORT = '29500'  # torch.distributed's own
-_TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = 600
+"""Seconds that a process waits for the others; `dist_params.timeout` overrides it."""
+_NOTICE = 5  # seconds for all processes to notice that one is lost
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,17 @@ def _first_host(launcher: str, world_size: int) -> str:
 
 
 @contextmanager
-def process_group(launcher: str | None = None) -> Iterator[Processes]:
-    """Join the run's processes, on NCCL with a GPU for each or on gloo without, and leave them at the end."""
+def process_group(launcher: str | None = None, timeout: float | None = None) -> Iterator[Processes]:
+    """Join the run's processes, on NCCL with a GPU for each or on gloo without, and leave them at the end.
+
+    Args:
+        launcher: See `read_environment`.
+        timeout: Seconds after which a process that waits for the others gives up; TIMEOUT by default.
+
+    Raises:
+        UserError: The environment is wrong, or the processes do not meet.
+        RunLost: Another process died, or kept the others waiting for too long.
+    """
     processes = read_environment(launcher)
     if not processes.distributed:
         yield processes
@@ -115,11 +127,35 @@ def process_group(launcher: str | None = None) -> Iterator[Processes]:
                             'this host; start one process per GPU')
         torch.cuda.set_device(processes.local_rank)
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        timeout = timeout or TIMEOUT
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     except (ValueError, RuntimeError) as error:
         raise UserError(f'the {processes.world_size} processes could not meet at {os.environ["MASTER_ADDR"]}:'
                         f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}') from error
     try:
         yield processes
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        raise RunLost(f'process {processes.rank} of {processes.world_size} lost the others: '
+                      f'{_who_is_missing(processes)} (waits end after {timeout:g} s, dist_params.timeout; resume with '
+                      '--auto_resume)') from error
+    # Not after an error: leaving would wait for processes that are gone.
+    dist.destroy_process_group()
+
+
+def _who_is_missing(processes: Processes) -> str:
+    """Which processes do not say within five seconds that they have noticed, by the store that all of them reach."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f'lost/{processes.rank}', 'here')
+        end = time.monotonic() + _NOTICE
+        others = set(range(processes.world_size)) - {processes.rank}
+        while others and time.monotonic() < end:
+            others -= {rank for rank in others if store.check([f'lost/{rank}'])}
+            time.sleep(0.1)
+    except RuntimeError:
+        return 'the process that all of them meet at ended; its own message tells why'
+    if not others:
+        return 'the connection between them broke'
+    return f'no answer from {", ".join(map(str, sorted(others)))}, which ended (its message tells why) or hangs'

@@ -105,6 +105,7 @@ KEYS: dict[str, Kind] = {
     'logger.print_freq': COUNT, 'logger.save_checkpoint_freq': ITERATIONS, 'logger.use_tb_logger': SWITCH,
     'logger.keep_last': COUNT, 'logger.wandb': SECTION_OR_NONE, 'logger.wandb.project': TEXT_OR_NONE,
     'logger.wandb.resume_id': TEXT_OR_NONE, 'dist_params.backend': TEXT, 'dist_params.port': COUNT,
+    'dist_params.timeout': POSITIVE,
 }
 REQUIRED = ('name', 'model_type', 'datasets', 'network_g')
 REQUIRED_TO_TRAIN = ('train', 'train.total_iter', 'train.optim_g', 'train.scheduler',

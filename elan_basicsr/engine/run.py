@@ -22,6 +22,11 @@ from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
 
 
+def waiting_time(opt: dict) -> float | None:
+    """Seconds that a process waits for the others, if the options say."""
+    return (opt.get('dist_params') or {}).get('timeout')
+
+
 def join_run(opt: dict, processes: Processes) -> None:
     """Write rank, size and seed of the run into the options; the seed of rank 0 is everybody's."""
     opt['dist'] = processes.distributed

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from elan_basicsr.checkpoint import UNFINISHED
-from elan_basicsr.data.loader import PatchLoader, to_float
+from elan_basicsr.data.loader import PatchLoader, dead_workers_named, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
@@ -29,8 +29,10 @@ from elan_basicsr.engine.run import (
     on_terminal,
     open_log,
     set_backends,
+    waiting_time,
 )
 from elan_basicsr.models.saving import save_whole_files
+from elan_basicsr.models.validation import Interrupted
 
 from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from basicsr.models import build_model
@@ -52,7 +54,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
     """
     opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
                        auto_resume=auto_resume, root=root)
-    with process_group(launcher) as processes, StopRequest(processes.distributed) as stop:
+    with process_group(launcher, waiting_time(opt)) as processes, StopRequest(processes.distributed) as stop:
         join_run(opt, processes)
         set_backends(opt)
         resume_state = open_run(opt, opt_path)
@@ -66,7 +68,8 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
         if resume_state:
             model.resume_training(resume_state)
         run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
-        finished = run.loop(stop)
+        with dead_workers_named():
+            finished = run.loop(stop)
         if tb_logger:
             tb_logger.close()
     return 0 if finished else EXIT_STOPPED
@@ -146,32 +149,37 @@ class Training:
         self.logger.info(f'Start training from epoch: {self.epoch}, iter: {self.iteration}')
         begin = time.time()
         saved = None
-        if self.validation_due:  # a signal came before it
-            self.validate()
+        self.model.interrupted = lambda: stop.cause is not None
+        # A signal came before or during the last one.
+        if self.validation_due and not self.validate():
+            return self._stopped(stop, validation_due=True)
         show = on_terminal() and self.opt['rank'] == 0
         with logging_redirect_tqdm([self.logger]), tqdm(total=self.total, initial=self.iteration, unit='it',
                                                         dynamic_ncols=True, disable=not show) as bar:
             for _ in self._iterations():
                 bar.update()
                 bar.set_postfix_str(self._live_figures(), refresh=False)
-                stopping = stop.requested()
                 due = bool(self.validation) and self.iteration % self.opt['val']['val_freq'] == 0
-                if due and not stopping:  # before saving, so that the state holds the best values so far
-                    self.validate()
-                if self.iteration % self.opt['logger']['save_checkpoint_freq'] == 0 or stopping:
-                    self.save(validation_due=due and stopping)
+                # Validation comes before saving, so that the state holds the best values so far.
+                if stop.requested() or due and not self.validate():
+                    return self._stopped(stop, validation_due=due)
+                if self.iteration % self.opt['logger']['save_checkpoint_freq'] == 0:
+                    self.save()
                     saved = self.iteration
-                if stopping:
-                    self.logger.info(f'{stop.cause}: stopped and saved at iteration {self.iteration}; '
-                                     'go on with --auto_resume')
-                    return False
         self.logger.info(f'End of training. Time consumed: {datetime.timedelta(seconds=int(time.time() - begin))}')
-        if self.validation and self.iteration % self.opt['val']['val_freq'] != 0:
-            self.validate()
+        if self.validation and self.iteration % self.opt['val']['val_freq'] != 0 and not self.validate():
+            return self._stopped(stop, validation_due=True)
         if saved != self.iteration:
             self.save()
         self.model.save(epoch=-1, current_iter=-1)  # -1 stands for the latest
         return True
+
+    def _stopped(self, stop: StopRequest, validation_due: bool) -> bool:
+        """Save, at the request of a signal; False, for a run that has not reached its end."""
+        stop.requested()  # tells every process the cause
+        self.save(validation_due)
+        self.logger.info(f'{stop.cause}: stopped and saved at iteration {self.iteration}; go on with --auto_resume')
+        return False
 
     def _iterations(self) -> Iterator[None]:
         """Carry out one iteration after the other."""
@@ -210,6 +218,11 @@ class Training:
         if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
             delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])
 
-    def validate(self) -> None:
-        for loader in self.validation:
-            self.model.validation(loader, self.iteration, self.tb_logger, self.opt['val'].get('save_img', False))
+    def validate(self) -> bool:
+        """Measure on every validation set; tell whether no signal came in between."""
+        try:
+            for loader in self.validation:
+                self.model.validation(loader, self.iteration, self.tb_logger, self.opt['val'].get('save_img', False))
+        except Interrupted:
+            return False
+        return True

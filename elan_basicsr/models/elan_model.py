@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -41,6 +42,9 @@ class ELANModel(WholeFiles, SRModel):
     - `val.tile`, `val.tile_overlap`: LR pixels; restore large images in tiles.
     - `val.self_ensemble`: average over the eight flips and rotations.
     """
+
+    interrupted: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether a validation should break off with `validation.Interrupted`; the training loop's business."""
 
     # ------------------------------------------------------------------ building
 
@@ -185,7 +189,7 @@ class ELANModel(WholeFiles, SRModel):
 
     def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
         name = dataloader.dataset.opt['name']
-        self.metric_results = validate(self, dataloader.dataset, current_iter, save_img)
+        self.metric_results = validate(self, dataloader.dataset, current_iter, save_img, self.interrupted)
         if not self.metric_results:
             return
         self._initialize_best_metric_results(name)

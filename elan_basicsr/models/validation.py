@@ -1,6 +1,7 @@
 """Validation over all processes: each restores its share of the images, and every process knows the same figures."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import path as osp
 
 import torch.distributed as dist
@@ -13,31 +14,61 @@ from basicsr.metrics import calculate_metric
 from basicsr.utils import imwrite, tensor2img
 from basicsr.utils.dist_util import get_dist_info
 
+ROUND = 4
+"""Images that a process restores before all of them meet: none waits long, and all know if one was asked to stop."""
 
-def validate(model, dataset, current_iter: int | str, save_img: bool) -> dict[str, float]:
+
+class Interrupted(Exception):
+    """A validation that was broken off, on all processes."""
+
+
+def validate(model, dataset, current_iter: int | str, save_img: bool,
+             interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Restore every image of `dataset` with `model` and return the mean of each metric of `val.metrics`.
 
     Process r of n takes images r, r + n, r + 2n, …; the values are gathered and added up in the order of the images, so
     the figures are the same to the last digit for any number of processes. Images are saved where the toolbox saves
     them.
+
+    Raises:
+        Interrupted: `interrupted`, asked after each image, was true on some process.
     """
     rank, world_size = get_dist_info()
     metrics = model.opt['val'].get('metrics') or {}
-    share = range(rank, len(dataset), world_size)
     show = rank == 0 and model.opt['val'].get('pbar', False)
     values = {}
-    for index in tqdm(share, unit='image', disable=not show, leave=False):
-        data = default_collate([dataset[index]])
-        restored, gt = restore(model, data)
-        name = osp.splitext(osp.basename(data['lq_path'][0]))[0]
-        if save_img:
-            imwrite(restored, image_path(model.opt, dataset.opt['name'], name, current_iter))
-        values[index] = _measure(metrics, restored, gt, dataset.opt['name'], name)
-    if world_size > 1:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, values)
-        values = {index: row for part in shares for index, row in part.items()}
+    with tqdm(total=len(dataset), unit='image', disable=not show, leave=False) as bar:
+        for start in range(0, len(dataset), ROUND * world_size):
+            own = {}
+            for index in range(start + rank, min(start + ROUND * world_size, len(dataset)), world_size):
+                if interrupted():
+                    break
+                own[index] = _restore_and_measure(model, dataset, index, current_iter, save_img, metrics)
+            shares = _gather((own, interrupted()))
+            if any(stop for _, stop in shares):
+                raise Interrupted
+            for share, _ in shares:
+                values.update(share)
+            bar.update(len(values) - bar.n)
     return {metric: sum(values[i][metric] for i in sorted(values)) / len(values) for metric in metrics}
+
+
+def _gather(value) -> list:
+    """What every process gives, by rank."""
+    world_size = get_dist_info()[1]
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _restore_and_measure(model, dataset, index: int, current_iter, save_img: bool, metrics: dict) -> dict[str, float]:
+    data = default_collate([dataset[index]])
+    restored, gt = restore(model, data)
+    name = osp.splitext(osp.basename(data['lq_path'][0]))[0]
+    if save_img:
+        imwrite(restored, image_path(model.opt, dataset.opt['name'], name, current_iter))
+    return _measure(metrics, restored, gt, dataset.opt['name'], name)
 
 
 def restore(model, data: dict):
