@@ -7,6 +7,8 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import path as osp
 
 import torch
@@ -39,6 +41,17 @@ def join_run(opt: dict, processes: Processes) -> None:
     opt['manual_seed'] = seed[0]
 
 
+@contextmanager
+def disk_errors_named() -> Iterator[None]:
+    """Around a run: a full disk, a folder that cannot be written and a mount that went away become a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or 'the run cannot go on'
+        raise UserError(f'{where}: {error.strerror or " ".join(str(error).split())}; what was saved before is intact'
+                        ) from error
+
+
 def set_backends(opt: dict) -> None:
     """`deterministic: true` asks torch for kernels that repeat themselves; otherwise cuDNN looks for the fastest."""
     deterministic = bool(opt.get('deterministic'))
@@ -67,6 +80,7 @@ def open_log(opt: dict, kind: str) -> logging.Logger:
     for notice in opt.get('notices', ()):
         logger.info(notice)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # on a full disk the next checkpoint says so, and not each line of the log
     warnings.filterwarnings('ignore', message='.*does not have many workers.*')
     return logger
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 from elan_basicsr.data.sampling import seed_all
 from elan_basicsr.engine.launch import process_group
 from elan_basicsr.engine.options import load_options
-from elan_basicsr.engine.run import build_validation_loaders, join_run, open_log, set_backends, waiting_time
+from elan_basicsr.engine.run import (
+    build_validation_loaders,
+    disk_errors_named,
+    join_run,
+    open_log,
+    set_backends,
+    waiting_time,
+)
 
 from basicsr.models import build_model
 from basicsr.utils import make_exp_dirs
@@ -17,7 +24,7 @@ def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = No
         UserError: An option, a dataset or a checkpoint is wrong.
     """
     opt = load_options(opt_path, is_train=False, overrides=overrides, force_yml=force_yml, root=root)
-    with process_group(launcher, waiting_time(opt)) as processes:
+    with disk_errors_named(), process_group(launcher, waiting_time(opt)) as processes:
         join_run(opt, processes)
         set_backends(opt)
         seed_all(opt['manual_seed'])

@@ -25,6 +25,7 @@ from elan_basicsr.engine.resume import find_resume_state, saved_states
 from elan_basicsr.engine.run import (
     build_checked_dataset,
     build_validation_loaders,
+    disk_errors_named,
     join_run,
     on_terminal,
     open_log,
@@ -54,7 +55,8 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
     """
     opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
                        auto_resume=auto_resume, root=root)
-    with process_group(launcher, waiting_time(opt)) as processes, StopRequest(processes.distributed) as stop:
+    with (disk_errors_named(), process_group(launcher, waiting_time(opt)) as processes,
+          StopRequest(processes.distributed) as stop):
         join_run(opt, processes)
         set_backends(opt)
         resume_state = open_run(opt, opt_path)

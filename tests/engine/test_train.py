@@ -131,6 +131,21 @@ def test_auto_resume_passes_over_what_is_damaged(options, capfd):
     assert 'Start training from epoch: 4, iter: 4' in log
 
 
+def test_a_state_knows_its_network(options, capfd):
+    """A checkpoint of another run, whole but not the one that was saved with the state, is not resumed from."""
+    file = write(options)
+    assert main(['train', '-opt', file]) == 0
+    models = Path('experiments/run/models')
+    shutil.copy(models / 'net_g_4.pth', models / 'net_g_8.pth')
+    assert main(['train', '-opt', file, '--auto_resume']) == 0
+    log = capfd.readouterr().err
+    assert '--auto_resume passes over' in log and 'net_g_8.pth: is another file than the one saved with it' in log
+    assert 'Start training from epoch: 4, iter: 4' in log
+    shutil.copy(models / 'net_g_4.pth', models / 'net_g_8.pth')
+    assert main(['train', '-opt', file, '--set', 'path.resume_state=experiments/run/training_states/8.state']) == 2
+    assert 'cannot resume' in capfd.readouterr().err
+
+
 def test_resuming_with_another_batch_goes_on_in_the_stream(options):
     file = write(options)
     assert main(['train', '-opt', file]) == 0
@@ -153,6 +168,60 @@ def test_old_checkpoints_go_and_the_best_stays(options):
     assert main(['test', '-opt', write(options)]) == 0
     log = next(Path('results/run').glob('*.log')).read_text()
     assert f'ssim: {best["val"]:.4f}' in log
+
+
+def test_the_pair_in_use_is_not_deleted(options):
+    options['logger'].update(save_checkpoint_freq=1, keep_last=1)
+    file = write(options)
+    assert main(['train', '-opt', file, '--set', 'train.total_iter=3']) == 0
+    named = 'path.resume_state=experiments/run/training_states/3.state'
+    assert main(['train', '-opt', file, '--set', named, 'train.total_iter=6']) == 0
+    assert {path.stem for path in Path('experiments/run/training_states').iterdir()} == {'3', '6'}
+    assert Path('experiments/run/models/net_g_3.pth').exists()
+
+
+_ON_A_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=3m tmpfs disk
+cd disk
+{train} train.total_iter=4
+sha256sum experiments/run/*/* > before
+cat /dev/zero > ballast 2> /dev/null || true
+truncate -s -40k ballast
+set +e
+{train} train.total_iter=8 2> error
+test $? = 2 || exit 11
+test $(grep -c '^basicsr: error' error) = 1 || exit 12
+grep -q 'No space left on device; what was saved before is intact' error || exit 13
+grep -q Traceback error && exit 14
+sha256sum --quiet -c before || exit 15
+rm ballast
+{train} train.total_iter=8 || exit 16
+cp -r experiments ..
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_loses_nothing(options, tmp_path):
+    if subprocess.run(['unshare', '-rm', 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True).returncode:
+        pytest.skip('needs `unshare -rm` to mount a small disk')
+    options['logger']['use_tb_logger'] = False
+    (tmp_path / 'disk').mkdir()
+    file = tmp_path / write(options)
+    train = f'{sys.executable} -m elan_basicsr train -opt {file} --auto_resume --set'
+    done = subprocess.run(['unshare', '-rm', 'bash', '-c', _ON_A_SMALL_DISK.replace('{train}', train)], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    Path('experiments').rename('disturbed')
+    assert main(['train', '-opt', str(file)]) == 0
+    assert_same_run(Path('disturbed/run'), Path('experiments/run'), 8)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(options, capfd):
+    Path('experiments').write_text('in the way')
+    assert main(['train', '-opt', write(options)]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith('basicsr: error: ') and 'experiments' in error
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(options, monkeypatch, capfd):
