@@ -82,6 +82,8 @@ def open_log(opt: dict, kind: str) -> logging.Logger:
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk the next checkpoint says so, and not each line of the log
     warnings.filterwarnings('ignore', message='.*does not have many workers.*')
+    # DistributedDataParallel, of the layout of a 1x1 convolution's gradient: some microseconds.
+    warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
     return logger
 
 
