@@ -66,6 +66,8 @@ class WholeFiles:
                 'files': {name: digest for share in shares for name, digest in share.items()},
                 **self.extra_state(), **own,
             }, osp.join(folder, f'{current_iter}.state'))
+        if world_size > 1:
+            dist.barrier()  # a launcher that sees the first process leave may kill the others before they have saved
 
     def extra_state(self) -> dict:
         """What the training state holds beyond upstream's: tensors, numbers, texts, and dicts and lists of them."""

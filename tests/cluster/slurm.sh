@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# A training of two tasks under a SLURM of its own on this machine: signalled, requeued, and compared with an
+# undisturbed one. Needs root and Debian; installs slurm-wlm and munge, and starts them from a temporary folder.
+# shellcheck source=tests/cluster/common.sh
+. "$(dirname "$0")/common.sh"
+iterations=900
+daemons=()
+cleanup() {
+    scancel --quiet --full --signal=KILL "${job:-0}" 2> /dev/null || true
+    scancel --quiet "${job:-0}" 2> /dev/null || true
+    for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
+        kill "${daemons[i]}" 2> /dev/null || true
+        wait "${daemons[i]}" 2> /dev/null || true
+    done
+    pkill -KILL -f "$work" 2> /dev/null || true  # what a job may have left
+    rm -rf "$work"
+}
+trap cleanup EXIT
+
+install sbatch slurm-wlm munge
+install slurmctld slurmctld
+install slurmd slurmd
+node=$(hostname -s)
+export SLURM_CONF=$work/slurm.conf
+mkdir "$work"/{state,spool,munge,calm,disturbed}
+chmod 755 "$work" "$work/munge"
+head -c 1024 /dev/urandom > "$work/munge.key"
+chmod 400 "$work/munge.key"
+cat > "$SLURM_CONF" << END
+ClusterName=elan
+SlurmctldHost=$node(127.0.0.1)
+SlurmctldPort=$((20000 + RANDOM % 5000))
+SlurmdPort=$((25000 + RANDOM % 5000))
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$work/munge/socket
+StateSaveLocation=$work/state
+SlurmdSpoolDir=$work/spool
+SlurmctldPidFile=$work/slurmctld.pid
+SlurmdPidFile=$work/slurmd.pid
+SlurmctldLogFile=$work/slurmctld.log
+SlurmdLogFile=$work/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SlurmdParameters=config_overrides
+ReturnToService=2
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1
+NodeName=$node NodeAddr=127.0.0.1 CPUs=16 State=UNKNOWN
+PartitionName=all Nodes=$node Default=YES MaxTime=INFINITE State=UP
+END
+munged --foreground --force --key-file="$work/munge.key" --socket="$work/munge/socket" --num-threads=2 \
+    --pid-file="$work/munge/pid" --log-file="$work/munge/log" --seed-file="$work/munge/seed" > /dev/null 2>&1 &
+daemons+=($!)
+within 20 "munge's socket" test -S "$work/munge/socket"
+slurmctld -D > /dev/null 2>&1 &
+daemons+=($!)
+within 30 "an answer of slurmctld" sinfo
+slurmd -D > /dev/null 2>&1 &
+daemons+=($!)
+idle() { sinfo --noheader --format=%t | grep -qx idle; }
+within 60 "an idle node ($(tail -n 1 "$work/slurmctld.log"))" idle
+
+"$PYTHON" "$root/tests/cluster/training.py" prepare "$work" "$iterations"
+submit() {  # submit FOLDER: a job of two tasks in it; its number in $job
+    job=$(cd "$work/$1" && sbatch --parsable --ntasks=2 --ntasks-per-node=2 --cpus-per-task=1 --output=output \
+        "$root/tools/slurm_train.sh" "$work/run.yml") || fail "sbatch refused the job"
+}
+state() { scontrol --oneliner show job "$job" | grep -oE "$1=[^ ]+" | cut -d= -f2; }
+ended() { [ "$(state JobState)" = COMPLETED ]; }
+restarted() {  # a requeued job waits two minutes before it starts again, unless told to
+    scontrol update JobId="$job" StartTime=now > /dev/null 2>&1 || true
+    [ "$(state Restarts)" = "$1" ] && [ "$(state JobState)" = RUNNING ]
+}
+submit calm
+within 300 "the end of the undisturbed run" ended
+output=$work/disturbed/output
+submit disturbed
+within 120 "iteration 30" reached "$output" 30
+scancel --batch --signal=USR1 "$job"
+within 240 "the restart after SIGUSR1" restarted 1
+grep -q 'SIGUSR1: stopped and saved at iteration' "$output" || fail "SIGUSR1 did not lead to a checkpoint"
+stopped=$(grep -oE 'saved at iteration [0-9]+' "$output" | grep -oE '[0-9]+$')
+within 120 "iteration $((stopped + 30))" reached "$output" $((stopped + 30))
+scontrol requeue "$job"
+within 240 "the restart after scontrol requeue" restarted 2
+within 300 "the end of the requeued run" ended
+grep -q "Start training from .*iter: $stopped\$" "$output" || fail "the job did not resume at iteration $stopped"
+"$PYTHON" "$root/tests/cluster/training.py" compare "$work/calm" "$work/disturbed" || fail "the requeued run differs"
+echo "$test: passed: signalled at iteration $stopped, requeued twice, weights equal bit for bit"
