@@ -1,17 +1,22 @@
 # make demo    an environment, a training of minutes on photographs that need no download, a table and pictures
 # make test    the whole test suite in that environment
+# make cluster-test    a training under SLURM and over two hosts, both made here for it; needs root and Debian
 # make lint    the linter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint venv
+.PHONY: demo test cluster-test lint venv
 
 demo: venv
 	$(BIN)/python tools/demo.py
 
 test: venv
 	$(BIN)/python -m pytest
+
+cluster-test: venv
+	timeout 1200 tests/cluster/slurm.sh
+	timeout 900 tests/cluster/two_nodes.sh
 
 lint: venv
 	$(BIN)/ruff check .

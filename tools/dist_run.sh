@@ -12,5 +12,8 @@ if [ "${NNODES:-1}" -gt 1 ]; then
     where=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?is not set: the number of this machine, from 0}"
            --master_addr "${MASTER_ADDR:?is not set: the name of machine 0}" --master_port "${MASTER_PORT:-29500}")
 fi
+# torchrun passes these on, SIGUSR1 too, and gives the run two minutes to save instead of half a one.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec torchrun "${where[@]}" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-0}" \
     -m elan_basicsr "$command" -opt "$options" --launcher pytorch "$@"

@@ -80,7 +80,7 @@ def _start_worker(worker: int) -> None:
     gc.freeze()  # what the parent has imported is for ever; searching it for garbage takes a tenth of a worker's time
     # Schedulers and torchrun signal whole process groups. When to stop is for the main process to say, and a worker
     # ends with it anyway.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 

@@ -14,7 +14,7 @@ from basicsr.utils.dist_util import get_dist_info
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped by a signal after saving: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 SAME_REQUEST = 5
 """Seconds within which a process of several takes signals for one request: a launcher passes on to each process what a
@@ -22,7 +22,7 @@ terminal or a scheduler has sent to all of them already."""
 
 
 class StopRequest:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 ask for a stop after the iteration; a second one leaves at once."""
+    """Within it, a signal of SIGNALS asks for a stop after the iteration; a second one leaves at once."""
 
     def __init__(self, several: bool = False):
         """`several`: whether this process is one of several, see SAME_REQUEST."""
@@ -33,7 +33,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python handles signals there only
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS
+                              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
         return self
 
     def __exit__(self, *exc_info) -> None:
