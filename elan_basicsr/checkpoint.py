@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 import re
 import tempfile
 import zipfile
@@ -18,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN, NUM_SHIFT_GROUPS
 from elan_basicsr.errors import UserError
+from elan_basicsr.plain_values import NOTE_KINDS, STATE_KINDS, check_values
+from elan_basicsr.safe_read import bounded_building, check_records, read_safetensors, read_torch
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 # Where a masked 3x3 kernel is open for each group of input channels: right, left, below, above, itself.
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None,
 
     With `exact`, a file that has no `param_key` is an error.
     """
-    content = _read_safetensors(path) if str(path).endswith('.safetensors') else _read_torch(path)
+    content = read_safetensors(path, NOTE) if str(path).endswith('.safetensors') else read_torch(path)
     state, noted = content, content.pop(NOTE, None)
     if exact and not isinstance(content.get(param_key), dict):
         raise UserError(f'{path}: has no {param_key}; it holds {", ".join(map(str, list(content)[:4]))}')
@@ -72,53 +72,12 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None,
     state = {str(name).removeprefix('module.'): value for name, value in state.items()}
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others or not state:
-        found = f'{others[0]!r} is no tensor' if others else 'it is empty'
+        found = f'{others[0][:80]!r} is no tensor' if others else 'it is empty'
         raise UserError(f'{path}: no network weights found: {found}; expected a state dict, or one under params, '
                         'params_ema or model_state_dict')
-    return state, {key: noted[key] for key in UNSEEN if key in noted} if isinstance(noted, dict) else {}
-
-
-def _read_torch(path) -> dict:
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file; expected a checkpoint') from None
-    except IsADirectoryError:
-        raise UserError(f'{path}: is a folder, expected a checkpoint file') from None
-    except pickle.UnpicklingError as error:
-        if _is_pickle(path) and ('Unsupported' in str(error) or 'GLOBAL' in str(error)):
-            found = re.search(r'GLOBAL ([\w.]+)', str(error))
-            what = f' ({found.group(1)})' if found else ''
-            raise UserError(f'{path}: holds Python objects beside tensors{what}, which could run code when read, so '
-                            'it is refused; save its state dict alone with torch.save') from None
-        raise UserError(f'{path}: is no PyTorch checkpoint ({_one_line(error)})') from None
-    except MemoryError:
-        raise UserError(f'{path}: claims more memory than there is') from None
-    except Exception as error:  # torch's readers raise a dozen types on damaged files
-        raise UserError(f'{path}: cannot be read as a checkpoint, it may be cut off or damaged ({_one_line(error)})'
-                        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: holds a {type(content).__name__}, expected a dict of tensors')
-    return content
-
-
-def _is_pickle(path) -> bool:
-    """Whether a file begins as torch.save begins its files, old and new, so that it is not just any text."""
-    with open(path, 'rb') as file:
-        return file.read(2) in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
-
-
-def _read_safetensors(path) -> dict:
-    try:
-        with safetensors.safe_open(path, 'pt') as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}
-            content[NOTE] = json.loads((file.metadata() or {}).get(NOTE, '{}'))
-        return content
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file; expected a checkpoint') from None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f'{path}: cannot be read as safetensors, it may be cut off or damaged ({_one_line(error)})'
-                        ) from None
+    noted = {key: noted[key] for key in UNSEEN if key in noted} if isinstance(noted, dict) else {}
+    check_values(noted, NOTE_KINDS, path)
+    return state, noted
 
 
 def own_state_name(iteration: int | str, rank: int) -> str:
@@ -132,21 +91,23 @@ def read_training_state(path: str | os.PathLike, expected=('iter', 'epoch', 'opt
     Raises:
         UserError: The file is missing, damaged, or no training state.
     """
-    state = _read_torch(path)
+    state = read_torch(path)
     missing = [key for key in expected if key not in state]
     if missing:
         raise UserError(f'{path}: is no training state: {", ".join(missing)} missing; expected a file ITER.state that '
                         'a training run wrote')
+    check_values(state, STATE_KINDS, path)
     return state
 
 
 def damage(path: str | os.PathLike) -> str | None:
     """What is wrong with a file that torch.save wrote: missing, cut off, or a record whose CRC-32 does not match."""
     try:
+        check_records(path)
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except FileNotFoundError:
-        return 'no such file'
+    except UserError as error:
+        return str(error).removeprefix(f'{path}: ')
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         return f'cut off or damaged ({_one_line(error)})'
     return f'damaged at {bad}' if bad else None
@@ -343,7 +304,9 @@ def elan_hyperparameters(state: StateDict) -> dict:
         modules = 1 + max(int(name.split('.')[3]) for name in native if name.startswith('body.0.lfe.'))
         expansion = native['body.0.lfe.0.conv0.weight'].shape[0] // num_feat  # (num_feat * expansion, num_feat, 1, 1)
         out = native['tail.weight'].shape[0]  # num_out_ch * upscale²
-    except (KeyError, ValueError, IndexError):
+        if not num_in_ch * out:
+            raise ValueError
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise UserError('the weights are not those of an ELAN: expected head, body and tail') from None
     # Colour in, colour out. Grey to grey and RGB to RGB are told apart from out = num_out_ch * upscale² by trying the
     # channels of the input first.
@@ -399,7 +362,8 @@ def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperp
 def build_elan(state: StateDict, noted: dict, path: str | os.PathLike, **hyperparameters) -> ELAN:
     """The ELAN of what `read_checkpoint` has read from `path`; see `load_elan`."""
     try:
-        net = ELAN(**{**elan_hyperparameters(state), **noted, **hyperparameters})
+        with bounded_building(2 * len(state) + 100, 2 * sum(value.numel() for value in state.values()) + 1000):
+            net = ELAN(**{**elan_hyperparameters(state), **noted, **hyperparameters})
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except ValueError as error:

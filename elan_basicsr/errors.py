@@ -1,4 +1,7 @@
 """The one exception for everything that is the user's to mend."""
+from __future__ import annotations
+
+MAX_MESSAGE = 1000
 
 
 class UserError(Exception):
@@ -6,7 +9,13 @@ class UserError(Exception):
 
     The message is one line that says what is wrong, where (file, key, line), what was expected and what to do. The
     command line prints it as it stands and exits with code 2; a program that uses the package can catch it.
+
+    It stays one printable line whatever names a stranger's file puts into it.
     """
+
+    def __init__(self, message: str):
+        line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(str(message).split()))
+        super().__init__(line if len(line) <= MAX_MESSAGE else f'{line[:MAX_MESSAGE]}…')
 
 
 class RunLost(UserError):

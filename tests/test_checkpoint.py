@@ -144,7 +144,7 @@ def test_damage_is_seen(tmp_path):
     assert damage(path)
     path.write_bytes(data[:100])
     assert damage(path)
-    assert damage(tmp_path / 'absent') == 'no such file'
+    assert damage(tmp_path / 'absent').startswith('no such file')
 
 
 def test_the_key_asked_for_is_read(tmp_path):

@@ -32,9 +32,9 @@ class StopRequest:
         self._previous: dict = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python handles signals there only
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there only; nohup ignores HUP
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS
-                              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
+                              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *exc_info) -> None:

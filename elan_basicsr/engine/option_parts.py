@@ -14,11 +14,11 @@ from os import path as osp
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from elan_basicsr.engine.option_keys import is_int
 from elan_basicsr.engine.option_reader import Source, nearest
+from elan_basicsr.safe_read import bounded_building
 
 from basicsr.models import lr_scheduler
 from basicsr.utils import registry
@@ -132,23 +132,10 @@ class _ComputedValues(TorchFunctionMode):
 @contextlib.contextmanager
 def _dry_building():
     """Build modules without storage, without words, and not beyond any size that could be trained."""
-    tensors = elements = 0
-
-    def count(module: nn.Module, name: str, parameter) -> None:
-        nonlocal tensors, elements
-        if parameter is not None:
-            tensors, elements = tensors + 1, elements + parameter.numel()
-        if tensors > MAX_TENSORS or elements > MAX_PARAMETERS:
-            raise ValueError(f'more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters')
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        with (torch.device('meta'), _ComputedValues(), warnings.catch_warnings(),
-              contextlib.redirect_stdout(io.StringIO())):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        hook.remove()
+    with (bounded_building(MAX_TENSORS, MAX_PARAMETERS), torch.device('meta'), _ComputedValues(),
+          warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO())):
+        warnings.simplefilter('ignore')
+        yield
 
 
 def _is_about_meta(error: Exception) -> bool:

@@ -106,7 +106,7 @@ def wrong_calls(folder):
     yield ['other.pth', 'x.pth'], 'other.pth: its weights are not those of an ELAN'
     yield ['grey.pth', 'x.pt', '--to', 'official'], 'a network from 1 to 1 channels has no official form'
     yield ['double.pth', 'x.pt'], 'double.pth: its weights are float64'
-    yield ['noted.pth', 'x.pt'], 'noted.pth: ELAN: window_sizes'
+    yield ['noted.pth', 'x.pt'], 'noted.pth: window_sizes'
 
 
 def test_a_wrong_call_is_answered_in_a_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
