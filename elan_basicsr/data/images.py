@@ -69,11 +69,21 @@ def read_bgr(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f'{path}: cannot be read ({error.strerror or error})') from None
     try:
         img = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data.size else None
-    except cv2.error:
+    except cv2.error as error:
+        if too_large(error):
+            raise UserError(f'{path}: {too_large(error)}') from None
         img = None
     if img is None or img.dtype not in (np.uint8, np.uint16) or cut_off(data):
         raise UserError(f'{path}: is no readable image; it may be cut off or damaged')
     return img
+
+
+def too_large(error: cv2.error) -> str | None:
+    """In words, if OpenCV refused an image for the size in its header."""
+    if 'MAX_IMAGE' not in str(error):
+        return None
+    limit = os.environ.get('OPENCV_IO_MAX_IMAGE_PIXELS', 1 << 30)
+    return f'has more than {limit} pixels; raise OPENCV_IO_MAX_IMAGE_PIXELS if there is memory for it'
 
 
 def cut_off(data: np.ndarray) -> bool:

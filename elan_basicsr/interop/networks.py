@@ -15,6 +15,7 @@ from elan_basicsr.checkpoint import build_elan, is_elan, load_into, read_checkpo
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
+from elan_basicsr.safe_read import bounded_building
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -55,16 +56,10 @@ def load_network(path: str | os.PathLike, device: str | torch.device = 'cpu') ->
     if path.suffix.lower() == '.onnx':
         net = OnnxNetwork(path, device).eval()
         return Network(net, net.scale, net.channels, 1, net.window, net.name)
-    state, noted, unreadable = None, None, None
-    try:
-        state, noted = read_checkpoint(path)
-    except UserError as error:  # spandrel reads some containers that we do not, TorchScript for one
-        if not path.is_file():
-            raise
-        unreadable = error
-    if state is not None and is_elan(state):
+    state, noted = read_checkpoint(path)
+    if is_elan(state):
         return _of_elan(build_elan(state, noted, path).to(device))
-    return _load_with_spandrel(path, device, unreadable)
+    return _load_with_spandrel(path, state, device)
 
 
 def _of_elan(net: ELAN) -> Network:
@@ -90,21 +85,22 @@ class _Described(nn.Module):
         return self.call(self.model, extend(x, h + pad_h, w + pad_w))[..., :h * self.scale, :w * self.scale]
 
 
-def _load_with_spandrel(path: Path, device, unreadable: UserError | None) -> Network:
+def _load_with_spandrel(path: Path, state: dict[str, Tensor], device) -> Network:
+    """spandrel gets weights that are read already: its own reading of files bounds no sizes, and loads programs."""
     try:
         import spandrel
     except ImportError:
-        raise unreadable or UserError(f'{path}: is no ELAN; other networks are read through spandrel, which is not '
+        raise UserError(f'{path}: is no ELAN; other networks are read through spandrel, which is not '
                                       'installed: pip install spandrel') from None
     try:
-        # Read on the CPU, with spandrel's own unpickler, which knows tensors alone.
-        descriptor = spandrel.ModelLoader('cpu').load_from_file(path)
+        with bounded_building(4 * len(state) + 1000, 4 * sum(value.numel() for value in state.values()) + 10**7):
+            descriptor = spandrel.ModelLoader('cpu').load_from_state_dict(spandrel.canonicalize_state_dict(state))
     except spandrel.UnsupportedModelError:
-        raise unreadable or UserError(f'{path}: is of no architecture that is known here: neither ELAN nor one of the '
+        raise UserError(f'{path}: is of no architecture that is known here: neither ELAN nor one of the '
                                       f'{len(spandrel.MAIN_REGISTRY)} of spandrel {spandrel.__version__}; a network of '
                                       "BasicSR's is loaded by its option file") from None
     except Exception as error:  # loaders and constructors fail in every way on damaged or foreign files
-        raise unreadable or UserError(f'{path}: cannot be loaded ({" ".join(str(error).split())[:200]})') from None
+        raise UserError(f'{path}: cannot be loaded ({" ".join(str(error).split())[:200]})') from None
     if not isinstance(descriptor, spandrel.ImageModelDescriptor):
         raise UserError(f'{path}: is a network for {descriptor.purpose.lower()} with a mask; expected one that makes '
                         'an image from an image')

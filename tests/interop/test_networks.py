@@ -40,18 +40,16 @@ def test_an_elan_is_loaded_without_spandrel(monkeypatch):
         assert torch.equal(network.net(x), load_elan(path)(x))
 
 
-@pytest.mark.parametrize('form', ['params', 'safetensors', 'TorchScript'])
+@pytest.mark.parametrize('form', ['params', 'safetensors'])
 def test_another_architecture_comes_through_spandrel(form, tmp_path):
     spandrel = pytest.importorskip('spandrel')
     import safetensors.torch
     net = swinir()
-    path = tmp_path / {'params': 'w.pth', 'safetensors': 'w.safetensors', 'TorchScript': 'w.pt'}[form]
+    path = tmp_path / {'params': 'w.pth', 'safetensors': 'w.safetensors'}[form]
     if form == 'params':
         torch.save({'params': net.state_dict()}, path)
-    elif form == 'safetensors':
-        safetensors.torch.save_file(net.state_dict(), path)
     else:
-        torch.jit.save(torch.jit.trace(net, torch.rand(1, 3, 16, 16)), path)
+        safetensors.torch.save_file(net.state_dict(), path)
     network = load_network(path)
     assert (network.name, network.scale, network.channels, network.window) == ('SwinIR', 2, (3, 3), 8)
     descriptor = spandrel.ModelLoader().load_from_file(path)
@@ -63,6 +61,13 @@ def test_another_architecture_comes_through_spandrel(form, tmp_path):
     x = torch.rand(1, 3, 16, 16, requires_grad=True)
     network.net(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_a_program_is_no_network(tmp_path):
+    """TorchScript can write files while it is loaded."""
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / 'w.pt')
+    with pytest.raises(UserError, match=r'w\.pt: is TorchScript, which is a program'):
+        load_network(tmp_path / 'w.pt')
 
 
 def test_what_needs_spandrel_says_so(tmp_path, monkeypatch):
@@ -79,6 +84,8 @@ def test_what_needs_spandrel_says_so(tmp_path, monkeypatch):
     ('text.pth', b'no checkpoint', 'cannot be read|no PyTorch checkpoint'),
     ('text.safetensors', b'no checkpoint', 'cannot be read as safetensors'),
     ('empty.pt', b'', 'cut off or damaged'),
+    ('huge.pth', {'params': {'conv_first.weight': torch.zeros(10**6, 3, 1, 1), 'conv_first.bias': torch.zeros(1)}},
+     'of no architecture|cannot be loaded'),
     ('text.onnx', b'no network', 'ONNX Runtime cannot load it|pip install onnxruntime'),
     ('absent.pth', None, 'no such file'),
     ('absent.onnx', None, 'no such file'),
