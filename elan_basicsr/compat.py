@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -175,7 +176,7 @@ def resume_without_gpu() -> bool:
                 opt['path']['resume_state'] = os.path.join(states, f'{max(iters)}.state')
         if not opt['path'].get('resume_state'):
             return None
-        state = torch.load(opt['path']['resume_state'], map_location='cpu', weights_only=True)
+        state = basicsr.train.torch.load(opt['path']['resume_state'], map_location='cpu')
         basicsr.train.check_resume(opt, state['iter'])
         return state
 
@@ -229,8 +230,90 @@ def process_group_without_gpu() -> bool:
     return True
 
 
-REPAIRS = (functional_tensor, ndimage_filters, jpeg_quality, filter2d_layout, safe_yaml, force_yml, resume_without_gpu,
-           ddp_without_gpu, process_group_without_gpu)
+def image_size_limit() -> bool:
+    """OpenCV decodes whatever up to 2^30 pixels an image claims, in the toolbox's datasets and in ours.
+
+    No upstream report. OPENCV_IO_MAX_IMAGE_PIXELS, which OpenCV reads once, when it is imported, is set to 2^28 unless
+    it is set already.
+    """
+    if 'cv2' in sys.modules or 'OPENCV_IO_MAX_IMAGE_PIXELS' in os.environ:
+        return False
+    os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] = str(1 << 28)
+    return True
+
+
+def image_errors() -> bool:
+    """`imfrombytes` fails with a TypeError on what is no image, and with OpenCV's own text on what is too large.
+
+    No upstream report. Both become a ValueError of one line.
+    """
+    import cv2
+
+    import basicsr.data  # noqa: F401 - the datasets hold the function by its name
+    from basicsr.utils import img_util
+    upstream = img_util.imfrombytes
+
+    @functools.wraps(upstream)
+    def imfrombytes(content, flag='color', float32=False):
+        try:
+            return upstream(content, flag, float32)
+        except (cv2.error, AttributeError, TypeError) as error:
+            if 'MAX_IMAGE' in str(error):
+                limit = os.environ.get('OPENCV_IO_MAX_IMAGE_PIXELS', 1 << 30)
+                raise ValueError(f'an image of more than {limit} pixels; raise OPENCV_IO_MAX_IMAGE_PIXELS if there is '
+                                 'memory for it') from None
+            raise ValueError(f'an image of {len(content)} bytes cannot be decoded, it may be damaged') from None
+
+    for module in [value for name, value in sys.modules.items() if name.startswith('basicsr.')]:
+        if getattr(module, 'imfrombytes', None) is upstream:
+            module.imfrombytes = imfrombytes
+    return True
+
+
+def safe_torch_load() -> bool:
+    """Networks, states and losses are read with a plain `torch.load`, which bounds no size and, where the environment
+    asks for it, unpickles anything.
+
+    No upstream report. The modules that call it get a `torch` whose `load` reads as `elan_basicsr.checkpoint` does.
+    """
+    import torch
+
+    class Torch(types.ModuleType):
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def load(path, map_location=None, **options):
+            from elan_basicsr.safe_read import check_torch_file  # ours, when everything is there
+            check_torch_file(path)
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    for name in ('train', 'models.base_model', 'archs.inception', 'archs.spynet_arch', 'archs.dfdnet_arch',
+                 'archs.basicvsr_arch', 'archs.vgg_arch', 'archs.tof_arch'):
+        importlib.import_module(f'basicsr.{name}').torch = Torch('torch')
+    return True
+
+
+def memcached_path() -> bool:
+    """`io_backend: {type: memcached, sys_path: …}` lets an option file name a folder whose Python code is imported.
+
+    No upstream report. The argument is refused; PYTHONPATH does the same for one's own code.
+    """
+    from basicsr.utils import file_client
+    upstream = file_client.MemcachedBackend.__init__
+
+    @functools.wraps(upstream)
+    def __init__(self, server_list_cfg, client_cfg, sys_path=None):
+        if sys_path is not None:
+            raise ValueError('io_backend.sys_path would run the code of a folder; use PYTHONPATH instead')
+        upstream(self, server_list_cfg, client_cfg)
+
+    file_client.MemcachedBackend.__init__ = __init__
+    return True
+
+
+REPAIRS = (image_size_limit, functional_tensor, ndimage_filters, jpeg_quality, filter2d_layout, image_errors, safe_yaml,
+           force_yml, safe_torch_load, memcached_path, resume_without_gpu, ddp_without_gpu, process_group_without_gpu)
 applied: dict[str, bool] = {}
 
 

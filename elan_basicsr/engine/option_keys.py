@@ -39,6 +39,8 @@ TEXT = Kind('a text', _is_text)
 TEXT_OR_NONE = Kind('a text, or null for none', lambda v: v is None or _is_text(v))
 NAME = Kind('a text without / that can name a folder',
             lambda v: _is_text(v) and not set(v) & set('/\\\0\n') and v not in ('.', '..') and len(v.encode()) <= 200)
+NO_CODE = Kind('nothing, for the Python code in that folder would be run; use PYTHONPATH', lambda v: v is None)
+FILE_SUFFIX = Kind('a text without /, or null for none', lambda v: v is None or (_is_text(v) and '/' not in v))
 PATH = Kind('a path, or null for none', TEXT_OR_NONE.accepts)
 SWITCH = Kind('true or false', lambda v: isinstance(v, bool))
 COUNT = Kind('an integer from 1', lambda v: is_int(v) and v >= 1)
@@ -71,6 +73,7 @@ KEYS: dict[str, Kind] = {
     'datasets.*': SECTION, 'datasets.*.name': NAME, 'datasets.*.type': TEXT, 'datasets.*.filename_tmpl': TEXT,
     'datasets.*.dataroot_gt': PATH, 'datasets.*.dataroot_lq': PATH, 'datasets.*.meta_info_file': PATH,
     'datasets.*.meta_info': PATH, 'datasets.*.io_backend': SECTION,
+    'datasets.*.io_backend.sys_path': NO_CODE,
     'datasets.*.io_backend.type': _one_of('disk', 'lmdb', 'memcached'), 'datasets.*.gt_size': COUNT,
     'datasets.*.use_hflip': SWITCH, 'datasets.*.use_rot': SWITCH, 'datasets.*.use_shuffle': SWITCH,
     'datasets.*.num_worker_per_gpu': COUNT_OR_ZERO, 'datasets.*.batch_size_per_gpu': COUNT,
@@ -96,7 +99,7 @@ KEYS: dict[str, Kind] = {
     'train.pixel_opt': SECTION_OR_NONE, 'train.perceptual_opt': SECTION_OR_NONE, 'train.gan_opt': SECTION_OR_NONE,
     'train.*_opt': SECTION_OR_NONE, 'train.*_opt.type': TEXT, 'train.*_opt.loss_weight': NUMBER,
 
-    'val.val_freq': ITERATIONS, 'val.save_img': SWITCH, 'val.pbar': SWITCH, 'val.suffix': TEXT_OR_NONE,
+    'val.val_freq': ITERATIONS, 'val.save_img': SWITCH, 'val.pbar': SWITCH, 'val.suffix': FILE_SUFFIX,
     'val.metrics': SECTION_OR_NONE, 'val.metrics.*': SECTION, 'val.metrics.*.type': TEXT,
     'val.metrics.*.crop_border': COUNT_OR_ZERO, 'val.metrics.*.test_y_channel': SWITCH,
     'val.metrics.*.better': _one_of('higher', 'lower'), 'val.tile': COUNT_OR_ZERO, 'val.tile_overlap': COUNT_OR_ZERO,
