@@ -39,7 +39,8 @@ def _are_best_values(value) -> bool:
     """As the toolbox keeps them: by data set and metric, a value, when it was, and which way is better."""
     records = [record for metrics in value.values() for record in _values(metrics)] if isinstance(value, dict) else [0]
     return all(isinstance(record, dict) and set(record) == {'better', 'val', 'iter'} and type(record['iter']) is int
-               and type(record['val']) in (int, float) and record['better'] in ('higher', 'lower')
+               and type(record['val']) in (int, float) and isinstance(record['better'], str)
+               and record['better'] in ('higher', 'lower')
                for record in records)
 
 
@@ -55,7 +56,8 @@ NOTE_KINDS: dict[str, Check] = {
 }
 # Of a training state.
 STATE_KINDS: dict[str, Check] = {
-    'iter': ('an integer from 0', is_count), 'epoch': ('an integer', lambda value: is_count(value) or value == -1),
+    'iter': ('an integer from 0', is_count),
+    'epoch': ('an integer', lambda value: type(value) is int and -1 <= value < 1 << 53),
     'optimizers': ('a list of sections', _is_list_of_dicts), 'schedulers': ('a list of sections', _is_list_of_dicts),
     'samples': ('an integer from 0', is_count), 'validation_due': ('true or false', lambda v: isinstance(v, bool)),
     'files': ('a section', lambda value: isinstance(value, dict)),

@@ -33,6 +33,7 @@ from elan_basicsr.engine.run import (
     waiting_time,
 )
 from elan_basicsr.models.saving import save_whole_files
+from elan_basicsr.models.state_checks import check_training_state
 from elan_basicsr.models.validation import Interrupted
 
 from basicsr.data.prefetch_dataloader import CUDAPrefetcher
@@ -68,6 +69,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
         model = build_model(opt)
         save_whole_files(model)
         if resume_state:
+            check_training_state(model, resume_state, opt['path']['resume_state'])
             model.resume_training(resume_state)
         run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
         with dead_workers_named():

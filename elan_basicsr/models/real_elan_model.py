@@ -54,7 +54,9 @@ class _Degradations(ELANModel):
 
     def resume_training(self, resume_state):
         super().resume_training(resume_state)
-        for name, value in resume_state.get('pool', {}).items():
+        pool = resume_state.get('pool', {})
+        for name in (each for each in _POOL if each in pool):
+            value = pool[name]
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
 
 

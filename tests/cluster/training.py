@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
-from soak_resume import same, write_options  # noqa: E402
+from soak_resume import same, write_options
 
 
 def compare(a: Path, b: Path) -> int:
