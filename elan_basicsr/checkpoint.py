@@ -215,6 +215,8 @@ def _native_name(name: str) -> str:
 
 def _open_taps(kernel: Tensor) -> Tensor:
     """The one open tap per group of a masked (D, C, 3, 3) kernel, as a (D, C, 1, 1) one."""
+    if kernel.dim() != 4 or kernel.shape[2:] != (3, 3):
+        raise UserError(f'the weights are not those of an ELAN: a masked kernel of {tuple(kernel.shape)}, expected 3x3')
     parts = kernel.split(_group_sizes(kernel.shape[1]), dim=1)
     parts = [part[:, :, y, x] for part, (y, x) in zip(parts, _SHIFT_TAPS, strict=True)]
     return torch.cat(parts, dim=1)[:, :, None, None]
@@ -390,7 +392,11 @@ def load_into(net: ELAN, path: str | os.PathLike, strict: bool = True, param_key
     Raises:
         UserError: The file cannot be read, or does not fit.
     """
-    native = to_native(read_state_dict(path, param_key))
+    state = read_state_dict(path, param_key)
+    try:
+        native = to_native(state)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
     if strict:
         _load_native(net, native, path)
         return []

@@ -69,7 +69,17 @@ def test_an_option_file_names_no_folder_of_code():
     assert os.getcwd() not in sys.path
 
 
-def test_mmengine_and_the_toolbox_are_not_asked_to_read_option_files():
+@pytest.mark.parametrize('override, message', [
+    ('datasets.train.io_backend.sys_path=/x', 'sys_path: is .*expected nothing, for the Python code'),
+    ('val.suffix=../../x', 'suffix: is .*expected a text without /')])
+def test_an_option_file_that_reaches_for_more_is_refused(override, message):
+    from elan_basicsr.engine.options import load_options
+    file = Path(__file__).parents[1] / 'options/train_ELAN_light_x4.yml'
+    with pytest.raises(UserError, match=message):
+        load_options(file, is_train=True, overrides=[override])
+
+
+def test_a_yaml_tag_runs_nothing_in_our_reader_or_the_toolboxs():
     Path('x.yml').write_text(f'name: !!python/object/apply:builtins.open [{CODE}, w]\n')
     with pytest.raises(UserError, match='x.yml:1: the tag'):
         read_yaml('x.yml')

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import damage, load_elan, read_state_dict, read_training_state
+from elan_basicsr.checkpoint import damage, load_elan, load_into, read_state_dict, read_training_state
 from elan_basicsr.errors import UserError
 
 from .fuzz import CODE, mutate, write_originals
 
-FILES = int(os.environ.get('ELAN_FUZZ_CHECKPOINTS', 250))
+FILES = int(os.environ.get('ELAN_FUZZ_CHECKPOINTS', 150))
 MEMORY = 400 << 20
 """What a hostile file may add to the size of the process at its peak, in bytes."""
 SECONDS = 10
@@ -238,6 +238,15 @@ def test_an_absurd_network_is_refused_before_it_is_built(name, change):
     with pytest.raises(UserError, match=r'^x\.pth: '):
         load_elan('x.pth')
     assert peak_memory() - before < 100 << 20 and time.monotonic() - begin < 5
+
+
+def test_a_masked_kernel_of_another_shape_is_refused():
+    state = torch.load(Path(__file__).with_name('golden') / 'tiny_masked_x4.pt', weights_only=True)['model_state_dict']
+    name = next(name for name in state if name.endswith('shift_conv.w'))
+    torch.save({**state, name: torch.zeros(3, 3)}, 'x.pth')
+    for read in (load_elan, lambda path: load_into(ELAN(upscale=4, num_feat=15, num_block=2), path)):
+        with pytest.raises(UserError, match=r'^x\.pth: the weights are not those of an ELAN: a masked kernel'):
+            read('x.pth')
 
 
 @pytest.mark.parametrize('note', [

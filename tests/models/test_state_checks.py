@@ -14,7 +14,7 @@ from elan_basicsr.models.state_checks import check_training_state
 from ..fuzz import mutate_content
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 
-STATES = int(os.environ.get('ELAN_FUZZ_CHECKPOINTS', 300))
+STATES = int(os.environ.get('ELAN_FUZZ_CHECKPOINTS', 150))
 OPTIMIZERS = {'Adam': {}, 'AdamW': {'amsgrad': True}, 'SGD': {'momentum': 0.9}, 'RMSprop': {}, 'Adadelta': {},
               'NAdam': {}}
 
