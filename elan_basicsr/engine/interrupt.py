@@ -32,7 +32,8 @@ class StopRequest:
         self._previous: dict = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python handles signals there only; nohup ignores HUP
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there only
+            # nohup has SIGHUP ignored, which stays so.
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS
                               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         return self
