@@ -14,6 +14,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
+        if str(message).startswith('Caught UserError in DataLoader worker'):
+            # torch raises a worker's exception again with its traceback for a message; the end of that is the message.
+            message = str(message).rpartition('UserError: ')[2]
         line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(str(message).split()))
         super().__init__(line if len(line) <= MAX_MESSAGE else f'{line[:MAX_MESSAGE]}…')
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, unreadable_named
 from elan_basicsr.errors import RunLost
 
 PREFETCH = 3  # batches that a worker makes ahead
@@ -112,7 +112,8 @@ class _ByteBatches(Dataset):
         rows = []
         for i, (index, seed) in enumerate(keys):
             random.seed(seed)
-            rows.append(self.dataset.fill(index, lq[i], gt[i]))
+            with unreadable_named(self.dataset, index):
+                rows.append(self.dataset.fill(index, lq[i], gt[i]))
         random.setstate(state)
         return {'slot': slot} | {name: [row[name] for row in rows] for name in rows[0]}
 

@@ -13,9 +13,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cv2
+import lmdb
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from elan_basicsr.errors import UserError
 
 
 def mix_seed(*numbers: int) -> int:
@@ -48,6 +52,16 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+@contextmanager
+def unreadable_named(dataset: Dataset, index: int) -> Iterator[None]:
+    """Around the reading of sample `index`: what goes wrong becomes a UserError that names the dataset."""
+    try:
+        yield
+    except (ValueError, OSError, TypeError, AttributeError, cv2.error, lmdb.Error) as error:
+        raise UserError(f'datasets.train ({dataset.opt.get("dataroot_gt")}): image {index} cannot be read: {error}; '
+                        '`basicsr data verify` lists what is wrong with the data') from error
+
+
 class SeededDataset(Dataset):
     """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed."""
 
@@ -57,7 +71,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
-        with generators_kept():
+        with generators_kept(), unreadable_named(self.dataset, index):
             seed_all(seed)
             return self.dataset[index]
 

@@ -217,6 +217,21 @@ def test_a_disk_that_fills_up_loses_nothing(options, tmp_path):
     assert_same_run(Path('disturbed/run'), Path('experiments/run'), 8)
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line(options, capfd, workers):
+    train = options['datasets']['train']
+    photographs = Path(train['dataroot_gt']).parents[1] / 'test'
+    for folder in ('GT', 'LR'):
+        shutil.copytree(photographs / folder, folder)
+    broken = sorted(Path('LR').iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:60])
+    train.update(type='PairedImageDataset', dataroot_gt='GT', dataroot_lq='LR', io_backend={'type': 'disk'},
+                 num_worker_per_gpu=workers)
+    assert main(['train', '-opt', write(options)]) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error')]
+    assert len(error) == 1 and 'datasets.train (GT): image 1 cannot be read: ' in error[0], error
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(options, capfd):
     Path('experiments').write_text('in the way')
     assert main(['train', '-opt', write(options)]) == 2
