@@ -1,9 +1,9 @@
 """Blocks of ELAN for training: the function of `elan_arch`, with backward passes that save less and move less.
 
-A shift is one pass forward and one backward, its ReLU included, instead of slices, fills and concatenations. On a CPU
-attention maps live as long as the modules of a block that share them need them, forward and backward: in between they
-are dropped and made again from the queries, in memory that all blocks use. On other devices attention is torch's fused
-kernel. Maps have the channels last in memory, so that windows are cut in runs.
+Maps are (B, H, W, C) here, so that a 1x1 convolution is a matrix product, a shift moves runs of memory and windows are
+cut in runs. What a function saves for its backward pass is what cannot be made again for a copy or a small product;
+everything else is written to memory that all blocks use. On a CPU attention maps are not kept (`elan_grad_attention`),
+on other devices attention is torch's fused kernel.
 """
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from elan_basicsr.archs.elan_grad_attention import Attend, Scratch, SharedAttention
 
 NUM_SHIFT_GROUPS = 5
 
@@ -28,73 +29,196 @@ def serves(body: nn.ModuleList, x: Tensor, plain_types: set[type]) -> bool:
                         or module._backward_pre_hooks) for module in body.modules())
 
 
-def run_block(block: nn.Module, x: Tensor, memory: dict, cut: Callable, paste: Callable) -> Tensor:
-    """An ELAB on a padded map. (B, C, H, W) -> the same. `memory`, empty at first, is one pass's for all blocks."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    shared: list[_SharedMap] = []
-    for i, (lfe, gmsa) in enumerate(zip(block.lfe, block.gmsa, strict=True)):
-        hidden = F.conv2d(_Shift.apply(x, False), lfe.conv0.weight, lfe.conv0.bias)
-        x = F.conv2d(_Shift.apply(hidden, True), lfe.conv1.weight, lfe.conv1.bias) + x
-        if not gmsa.shares:
-            shared = [_SharedMap(x.device, memory.setdefault(group, {})) for group in range(len(gmsa.window_sizes))]
-        x = _gmsa(gmsa, x, shared, i + 1 == len(block.gmsa), cut, paste) + x
-    return x
+def run_block(block: nn.Module, x: Tensor, scratch: Scratch, cut: Callable, paste: Callable) -> Tensor:
+    """An ELAB on a padded map. (B, C, H, W) -> the same. `scratch` is one pass's for all blocks."""
+    x = x.permute(0, 2, 3, 1).contiguous()
+    first = block.gmsa[0]
+    shared = SharedAttention(first.window_sizes, first.shifted, scratch)
+    for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
+        x = _LFE.apply(x, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias, scratch)
+        # The logits are unscaled and reach hundreds: half-precision queries would be wrong by whole units.
+        with torch.autocast(x.device.type, enabled=False):
+            projected = _project_in(gmsa, x.to(gmsa.project_in.weight.dtype), scratch)
+            if x.device.type == 'cpu':
+                attended = Attend.apply(projected, shared)
+            else:
+                attended = _attend_fused(projected, shared, cut, paste)
+        x = _AddLinear.apply(x, attended, gmsa.project_out.weight, gmsa.project_out.bias)
+    shared.queries = []
+    return x.permute(0, 3, 1, 2)
 
 
-def _gmsa(gmsa: nn.Module, x: Tensor, shared: list[_SharedMap], last: bool, cut: Callable,
-          paste: Callable) -> Tensor:
-    size = x.shape[2:]
-    # The logits are unscaled and reach hundreds: half-precision queries would be wrong by whole units.
-    with torch.autocast(x.device.type, enabled=False):
-        if x.dtype in (torch.bfloat16, torch.float16) and gmsa.project_in.weight.dtype == torch.float32:
-            x = x.float()
-        groups = gmsa.norm(gmsa.project_in(x)).chunk(len(gmsa.window_sizes), dim=1)
-        attended = []
-        for group, window, attention in zip(groups, gmsa.window_sizes, shared, strict=True):
-            windows = cut(group, window, gmsa.shifted)
-            result = attention.attend(windows, first=not gmsa.shares, last=last)
-            attended.append(paste(result, size, window, gmsa.shifted))
-    return gmsa.project_out(torch.cat(attended, dim=1))
+def _project_in(gmsa: nn.Module, x: Tensor, scratch: Scratch) -> Tensor:
+    """The projection into attention with its normalisation. (B, H, W, C) -> (B, H, W, D)."""
+    conv, norm = gmsa.project_in, gmsa.norm
+    plain = type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats
+    if plain and x.device.type == 'cpu':
+        return _LinearNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, scratch)
+    return norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+def _attend_fused(x: Tensor, shared: SharedAttention, cut: Callable, paste: Callable) -> Tensor:
+    """softmax(q qᵀ) v by torch's kernels, for devices that have them."""
+    x = x.permute(0, 3, 1, 2)
+    first, attended = not shared.queries, []
+    for i, (v, window) in enumerate(zip(x.chunk(len(shared.window_sizes), dim=1), shared.window_sizes, strict=True)):
+        if first:
+            q, v = v.chunk(2, dim=1)
+            shared.queries.append(cut(q, window, shared.shifted)[:, None])
+        q, v = shared.queries[i], cut(v, window, shared.shifted)[:, None]
+        result = F.scaled_dot_product_attention(q, q, v, scale=1.0)[:, 0]
+        attended.append(paste(result, x.shape[2:], window, shared.shifted))
+    return torch.cat(attended, dim=1).permute(0, 2, 3, 1)
+
+
+def _low_precision(x: Tensor) -> torch.dtype:
+    """What autocast asks products to be computed in."""
+    device = x.device.type
+    low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if low else x.dtype
+
+
+def _of_weight(grad: Tensor, x: Tensor, conv_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of a 1x1 convolution from (P, D) of its output and its (P, C) input."""
+    of_weight = torch.mm(x.t(), grad).t().contiguous()  # faster in this order than gradᵀ x
+    return of_weight.view_as(conv_weight).to(conv_weight.dtype), grad.sum(0).to(conv_weight.dtype)
+
+
+class _LFE(torch.autograd.Function):
+    """Local feature extraction, added to its input. (B, H, W, C) -> the same."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor,
+                scratch: Scratch) -> Tensor:
+        low, pixels, wide = _low_precision(x), x.shape[:3], weight0.shape[0]
+        near = _shift(x, scratch.take('near', x.shape, x, low))
+        hidden = scratch.take('wide', (*pixels, wide), x, low)
+        torch.addmm(bias0.to(low), near.flatten(0, 2), weight0.flatten(1).t().to(low), out=hidden.flatten(0, 2))
+        far = _shift(hidden, torch.empty_like(hidden), relu=True)
+        out = x + bias1
+        _add_product(out, far, weight1.flatten(1).t().to(low))
+        ctx.save_for_backward(x, far, weight0, weight1)
+        ctx.scratch = scratch
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, far, weight0, weight1 = ctx.saved_tensors
+        low, scratch = far.dtype, ctx.scratch
+        grad = grad.contiguous()
+        of_out = grad.flatten(0, 2).to(low)
+        of_weight1, of_bias1 = _of_weight(of_out, far.flatten(0, 2), weight1)
+        of_far = scratch.take('wide', far.shape, far)
+        torch.mm(of_out, weight1.flatten(1).to(low), out=of_far.flatten(0, 2))
+        of_hidden = _shift(of_far, scratch.take('of_hidden', far.shape, far), back=True, passed=far).flatten(0, 2)
+        near = _shift(x, scratch.take('near', x.shape, x, low))
+        of_weight0, of_bias0 = _of_weight(of_hidden, near.flatten(0, 2), weight0)
+        torch.mm(of_hidden, weight0.flatten(1).to(low), out=near.flatten(0, 2))
+        of_x = _shift(near, torch.empty_like(x), back=True).add_(grad)
+        return of_x, of_weight0, of_bias0, of_weight1, of_bias1, None
+
+
+class _AddLinear(torch.autograd.Function):
+    """A map plus a 1x1 convolution of another. Both (B, H, W, C) -> the same."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.low = low = _low_precision(x)
+        ctx.save_for_backward(y, weight)
+        out = x + bias
+        _add_product(out, y.to(low), weight.flatten(1).t().to(low))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        y, weight = ctx.saved_tensors
+        of_out = grad.flatten(0, 2).to(ctx.low)
+        of_y = torch.mm(of_out, weight.flatten(1).to(ctx.low)).to(y.dtype).view_as(y)
+        return grad, of_y, *_of_weight(of_out, y.flatten(0, 2).to(ctx.low), weight)
+
+
+def _add_product(out: Tensor, tokens: Tensor, weight: Tensor) -> None:
+    """out += tokens @ weight, which may be of lower precision."""
+    if tokens.dtype == out.dtype:
+        out.flatten(0, 2).addmm_(tokens.flatten(0, 2), weight)
+    else:
+        out.flatten(0, 2).add_(torch.mm(tokens.flatten(0, 2), weight))
+
+
+class _LinearNorm(torch.autograd.Function):
+    """A 1x1 convolution and BatchNorm in training. (B, H, W, C) -> (B, H, W, D).
+
+    What is normalised, z = x Wᵀ + b, is linear in x: with centred x, sums of it over pixels are products of W and sums
+    over x, and so is its part in the gradient. Only x is saved, and no pass over z is needed.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type='cpu')
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
+                norm: nn.BatchNorm2d, scratch: Scratch) -> Tensor:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        z = scratch.take('projected', (*x.shape[:3], len(bias)), x)  # attention makes its own copy
+        torch.addmm(bias, x.flatten(0, 2), weight.flatten(1).t(), out=z.flatten(0, 2))
+        z = z.permute(0, 3, 1, 2)
+        mean, rstd = torch.empty_like(scale), torch.empty_like(scale)
+        torch.native_batch_norm(z, scale, offset, norm.running_mean, norm.running_var, True, momentum, norm.eps,
+                                out=(z, mean, rstd))
+        ctx.save_for_backward(x, weight, scale, rstd)
+        return z.permute(0, 2, 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type='cpu')
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, conv_weight, scale, rstd = ctx.saved_tensors
+        grad, tokens, weight = grad.contiguous().flatten(0, 2), x.flatten(0, 2), conv_weight.flatten(1)
+        count = len(tokens)
+        of_offset, mean = grad.sum(0), tokens.mean(0)
+        products = torch.mm(tokens.t(), grad).t() - torch.outer(of_offset, mean)  # gradᵀ x, centred
+        of_scale = (weight * products).sum(1) * rstd
+        # The gradient of z is g * grad - g * of_offset / count + of_z * (z - its mean).
+        g = scale * rstd
+        of_z = -g * rstd * of_scale / count
+        covariance = torch.mm(tokens.t(), tokens).sub_(torch.outer(mean, mean), alpha=count)
+        of_weight = g[:, None] * products + of_z[:, None] * torch.mm(weight, covariance)
+        through = weight.t() @ (of_z[:, None] * weight)
+        of_x = torch.addmm(-mean @ through - (g * of_offset / count) @ weight, tokens, through)
+        of_x.addmm_(grad, g[:, None] * weight)
+        return of_x.view_as(x), of_weight.view_as(conv_weight), torch.zeros_like(rstd), of_scale, of_offset, None, None
+
+
+def _shift(x: Tensor, out: Tensor, back: bool = False, relu: bool = False, passed: Tensor | None = None) -> Tensor:
+    """Shift the groups of channels, zero outside the map, into `out`. (B, H, W, C) -> the same.
+
+    Args:
+        x: The map.
+        out: Where the result goes.
+        back: The other way, as gradients go.
+        relu: Through a ReLU.
+        passed: What came out of a ReLU and a shift, when `x` is its gradient, to go back through both.
+    """
+    for channels, dim, step in _groups(x.shape[3]):
+        step = -step if back else step
+        to, of = _overlap(out[..., channels], x[..., channels], dim, step)
+        if relu:
+            torch.clamp_min(of, 0, out=to)
+        elif passed is not None:
+            mask = _overlap(out[..., channels], passed[..., channels], dim, step)[1]
+            torch.ops.aten.threshold_backward.grad_input(of, mask, 0, grad_input=to)
+        else:
+            to.copy_(of)
+    return out
 
 
 def _groups(channels: int) -> Iterator[tuple[slice, int, int]]:
     """Channels of each group of a shift with the dimension it moves along and the step to the neighbour it reads."""
     group = channels // NUM_SHIFT_GROUPS
-    for i, (dim, step) in enumerate(((3, 1), (3, -1), (2, 1), (2, -1))):
+    for i, (dim, step) in enumerate(((2, 1), (2, -1), (1, 1), (1, -1))):
         yield slice(i * group, (i + 1) * group), dim, step
-    yield slice(4 * group, channels), 3, 0
-
-
-class _Shift(torch.autograd.Function):
-    """Shift the groups of channels, zero outside the map, through a ReLU if asked. (B, C, H, W) -> the same."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, relu: bool) -> Tensor:
-        out = torch.empty_like(x)
-        for channels, dim, step in _groups(x.shape[1]):
-            to, of = _overlap(out[:, channels], x[:, channels], dim, step)
-            if relu:
-                torch.clamp_min(of, 0, out=to)
-            else:
-                to.copy_(of)
-        if relu:
-            ctx.save_for_backward(out)  # the convolution behind it saves the same tensor
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        saved = ctx.saved_tensors
-        out = saved[0] if saved else None
-        result = torch.empty_like(grad)
-        for channels, dim, step in _groups(grad.shape[1]):
-            to, of = _overlap(result[:, channels], grad[:, channels], dim, -step)
-            if out is None:
-                to.copy_(of)
-            else:
-                passed = _overlap(result[:, channels], out[:, channels], dim, -step)[1]
-                torch.ops.aten.threshold_backward.grad_input(of, passed, 0, grad_input=to)
-        return result, None
+    yield slice(4 * group, channels), 2, 0
 
 
 def _overlap(out: Tensor, x: Tensor, dim: int, step: int) -> tuple[Tensor, Tensor]:
@@ -105,93 +229,3 @@ def _overlap(out: Tensor, x: Tensor, dim: int, step: int) -> tuple[Tensor, Tenso
     out.select(dim, size - 1 if step > 0 else 0).zero_()
     start = 0 if step > 0 else 1
     return out.narrow(dim, start, size - 1), x.narrow(dim, 1 - start, size - 1)
-
-
-class _SharedMap:
-    """The attention softmax(q qᵀ) of one group of windows, for the modules of a block that share it."""
-
-    def __init__(self, device: torch.device, memory: dict[str, Tensor]):
-        self.fused = device.type != 'cpu'
-        self.memory = memory
-        self.q: Tensor | None = None  # while the block's forward pass runs
-        self.attention: Tensor | None = None
-        self.grad: Tensor | None = None  # of the attention map, summed over the modules that a backward pass has met
-
-    def attend(self, windows: Tensor, first: bool, last: bool) -> Tensor:
-        """The first module gives queries and values, (N, window², 2C), later ones values; -> (N, window², C)."""
-        if first:
-            self.q = windows[..., :windows.shape[-1] // 2]
-        if self.fused:
-            q, v = self.q[:, None], windows[:, None, :, -self.q.shape[-1]:]
-            return F.scaled_dot_product_attention(q, q, v, scale=1.0)[:, 0]
-        result = _AttendFirst.apply(windows, self) if first else _AttendAgain.apply(windows, self.q.detach(), self)
-        if last:
-            self.forget()
-            self.q = None
-        return result
-
-    def map(self, q: Tensor) -> Tensor:
-        """The attention map (N, window², window²), made if it is not there."""
-        if self.attention is None:
-            logits = torch.bmm(q, q.transpose(1, 2), out=self._room('attention', q))
-            self.attention = torch.softmax(logits, dim=-1, out=logits)
-        return self.attention
-
-    def forget(self) -> None:
-        self.attention = self.grad = None
-
-    def add_grad(self, grad: Tensor, v: Tensor) -> None:
-        if self.grad is None:
-            # A backward pass that ends before it reaches the first module must leave nothing for the next one.
-            Variable._execution_engine.queue_callback(self.forget)
-            self.grad = torch.bmm(grad, v.transpose(1, 2), out=self._room('grad', grad))
-        else:
-            self.grad.baddbmm_(grad, v.transpose(1, 2))
-
-    def _room(self, name: str, tokens: Tensor) -> Tensor:
-        """Memory for a map of (N, window², C) tokens; only one block at a time needs it."""
-        if name not in self.memory:
-            self.memory[name] = tokens.new_empty(tokens.shape[0], tokens.shape[1], tokens.shape[1])
-        return self.memory[name]
-
-
-class _AttendFirst(torch.autograd.Function):
-    """softmax(q qᵀ) v of queries and values side by side."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, windows: Tensor, shared: _SharedMap) -> Tensor:
-        ctx.shared = shared
-        ctx.save_for_backward(windows)
-        q, v = windows.chunk(2, dim=-1)
-        return torch.bmm(shared.map(q), v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        shared = ctx.shared
-        q, v = ctx.saved_tensors[0].chunk(2, dim=-1)
-        attention = shared.map(q)
-        shared.add_grad(grad, v)
-        logits = torch._softmax_backward_data(shared.grad, attention, -1, attention.dtype, grad_input=shared.grad)
-        of_q = torch.bmm(logits, q).baddbmm_(logits.transpose(1, 2), q)
-        result = torch.cat([of_q, torch.bmm(attention.transpose(1, 2), grad)], dim=-1)
-        shared.forget()
-        return result, None
-
-
-class _AttendAgain(torch.autograd.Function):
-    """The same attention on other values; the gradient of the queries waits for the first module's."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, v: Tensor, q: Tensor, shared: _SharedMap) -> Tensor:
-        ctx.shared = shared
-        ctx.save_for_backward(v, q)
-        return torch.bmm(shared.map(q), v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        v, q = ctx.saved_tensors
-        of_v = torch.bmm(ctx.shared.map(q).transpose(1, 2), grad)
-        ctx.shared.add_grad(grad, v)
-        return of_v, None, None

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from elan_basicsr.archs import elan_grad
-from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.archs.elan_arch import ELAN, cut_windows, paste_windows
+from elan_basicsr.archs.elan_grad_attention import Attend, Scratch, SharedAttention
 
 
 def _network(**arguments) -> ELAN:
@@ -79,3 +80,41 @@ def test_a_network_that_is_watched_takes_the_plain_path():
     net.body[0].lfe[0].register_forward_hook(lambda *_: seen.append(1))
     net(torch.rand(1, 3, 16, 16, dtype=torch.float64)).sum().backward()
     assert seen
+
+
+@pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('window_sizes', [(2, 4, 8), (3, 6, 12), (8,)])
+def test_attention_without_maps_is_the_fused_one(window_sizes, shifted):
+    torch.manual_seed(0)
+    width, edge = 5 * len(window_sizes), 2 * max(window_sizes)
+    inputs = [torch.rand(2, edge, edge, channels, dtype=torch.float64, requires_grad=True)
+              for channels in (2 * width, width, width)]
+    outcomes = []
+    for attend in (Attend.apply, lambda x, shared: elan_grad._attend_fused(x, shared, cut_windows, paste_windows)):
+        shared = SharedAttention(window_sizes, shifted, Scratch())
+        total = torch.zeros(2, edge, edge, width, dtype=torch.float64)
+        first, *later = inputs
+        for x in (first, *later):
+            total = attend(x + total.mean(), shared) * (1 + total)  # each module rests on the one before, as in a block
+        outcomes.append([total, *torch.autograd.grad((total**2).sum(), inputs)])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_bfloat16_stays_near(inside):
+    """Mixed precision, its backward pass outside autocast, as it should be, or inside."""
+    x = torch.rand(1, 3, 32, 32)
+    exact = _network().float()
+    exact(x).sum().backward()
+    net = _network().float()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = net(x)
+        if inside:
+            y.sum().backward()
+    if not inside:
+        y.sum().backward()
+    for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True):
+        if not name.endswith('project_in.bias'):  # before BatchNorm a bias has no gradient but rounding
+            assert p.grad.dtype == torch.float32
+            assert torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.95, name
