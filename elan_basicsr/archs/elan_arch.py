@@ -256,7 +256,7 @@ class ELAN(nn.Module):
             return elan_fast.run_body(self.body, x, self.window_sizes)
         run_block = None
         if elan_grad.serves(self.body, x, _FAST_TYPES):
-            run_block = partial(elan_grad.run_block, scratch=elan_grad.Scratch(), cut=cut_windows, paste=paste_windows)
+            run_block = partial(elan_grad.run_block, cut=cut_windows, paste=paste_windows)
         for block in self.body:
             run = partial(run_block, block) if run_block else block
             if self.use_checkpoint and torch.is_grad_enabled():

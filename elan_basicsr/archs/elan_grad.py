@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from elan_basicsr.archs.elan_grad_attention import Attend, Scratch, SharedAttention
+from elan_basicsr.archs.elan_grad_attention import Attend, SharedAttention, scratch
 
 NUM_SHIFT_GROUPS = 5
 
@@ -29,16 +29,16 @@ def serves(body: nn.ModuleList, x: Tensor, plain_types: set[type]) -> bool:
                         or module._backward_pre_hooks) for module in body.modules())
 
 
-def run_block(block: nn.Module, x: Tensor, scratch: Scratch, cut: Callable, paste: Callable) -> Tensor:
-    """An ELAB on a padded map. (B, C, H, W) -> the same. `scratch` is one pass's for all blocks."""
+def run_block(block: nn.Module, x: Tensor, cut: Callable, paste: Callable) -> Tensor:
+    """An ELAB on a padded map. (B, C, H, W) -> the same."""
     x = x.permute(0, 2, 3, 1).contiguous()
     first = block.gmsa[0]
-    shared = SharedAttention(first.window_sizes, first.shifted, scratch)
+    shared = SharedAttention(first.window_sizes, first.shifted)
     for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
-        x = _LFE.apply(x, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias, scratch)
+        x = _LFE.apply(x, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
         # The logits are unscaled and reach hundreds: half-precision queries would be wrong by whole units.
         with torch.autocast(x.device.type, enabled=False):
-            projected = _project_in(gmsa, x.to(gmsa.project_in.weight.dtype), scratch)
+            projected = _project_in(gmsa, x.to(gmsa.project_in.weight.dtype))
             if x.device.type == 'cpu':
                 attended = Attend.apply(projected, shared)
             else:
@@ -48,12 +48,12 @@ def run_block(block: nn.Module, x: Tensor, scratch: Scratch, cut: Callable, past
     return x.permute(0, 3, 1, 2)
 
 
-def _project_in(gmsa: nn.Module, x: Tensor, scratch: Scratch) -> Tensor:
+def _project_in(gmsa: nn.Module, x: Tensor) -> Tensor:
     """The projection into attention with its normalisation. (B, H, W, C) -> (B, H, W, D)."""
     conv, norm = gmsa.project_in, gmsa.norm
     plain = type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats
     if plain and x.device.type == 'cpu':
-        return _LinearNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, scratch)
+        return _LinearNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm)
     return norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
@@ -88,35 +88,34 @@ class _LFE(torch.autograd.Function):
     """Local feature extraction, added to its input. (B, H, W, C) -> the same."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor,
-                scratch: Scratch) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor
+                ) -> Tensor:
         low, pixels, wide = _low_precision(x), x.shape[:3], weight0.shape[0]
-        near = _shift(x, scratch.take('near', x.shape, x, low))
-        hidden = scratch.take('wide', (*pixels, wide), x, low)
+        near = _shift(x, scratch('near', x.shape, x, low))
+        hidden = scratch('wide', (*pixels, wide), x, low)
         torch.addmm(bias0.to(low), near.flatten(0, 2), weight0.flatten(1).t().to(low), out=hidden.flatten(0, 2))
         far = _shift(hidden, torch.empty_like(hidden), relu=True)
         out = x + bias1
         _add_product(out, far, weight1.flatten(1).t().to(low))
         ctx.save_for_backward(x, far, weight0, weight1)
-        ctx.scratch = scratch
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, far, weight0, weight1 = ctx.saved_tensors
-        low, scratch = far.dtype, ctx.scratch
+        low = far.dtype
         grad = grad.contiguous()
         of_out = grad.flatten(0, 2).to(low)
         of_weight1, of_bias1 = _of_weight(of_out, far.flatten(0, 2), weight1)
-        of_far = scratch.take('wide', far.shape, far)
+        of_far = scratch('wide', far.shape, far)
         torch.mm(of_out, weight1.flatten(1).to(low), out=of_far.flatten(0, 2))
-        of_hidden = _shift(of_far, scratch.take('of_hidden', far.shape, far), back=True, passed=far).flatten(0, 2)
-        near = _shift(x, scratch.take('near', x.shape, x, low))
+        of_hidden = _shift(of_far, scratch('of_hidden', far.shape, far), back=True, passed=far).flatten(0, 2)
+        near = _shift(x, scratch('near', x.shape, x, low))
         of_weight0, of_bias0 = _of_weight(of_hidden, near.flatten(0, 2), weight0)
         torch.mm(of_hidden, weight0.flatten(1).to(low), out=near.flatten(0, 2))
         of_x = _shift(near, torch.empty_like(x), back=True).add_(grad)
-        return of_x, of_weight0, of_bias0, of_weight1, of_bias1, None
+        return of_x, of_weight0, of_bias0, of_weight1, of_bias1
 
 
 class _AddLinear(torch.autograd.Function):
@@ -157,10 +156,10 @@ class _LinearNorm(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type='cpu')
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
-                norm: nn.BatchNorm2d, scratch: Scratch) -> Tensor:
+                norm: nn.BatchNorm2d) -> Tensor:
         norm.num_batches_tracked.add_(1)
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        z = scratch.take('projected', (*x.shape[:3], len(bias)), x)  # attention makes its own copy
+        z = scratch('projected', (*x.shape[:3], len(bias)), x)  # attention makes its own copy
         torch.addmm(bias, x.flatten(0, 2), weight.flatten(1).t(), out=z.flatten(0, 2))
         z = z.permute(0, 3, 1, 2)
         mean, rstd = torch.empty_like(scale), torch.empty_like(scale)
@@ -187,7 +186,7 @@ class _LinearNorm(torch.autograd.Function):
         through = weight.t() @ (of_z[:, None] * weight)
         of_x = torch.addmm(-mean @ through - (g * of_offset / count) @ weight, tokens, through)
         of_x.addmm_(grad, g[:, None] * weight)
-        return of_x.view_as(x), of_weight.view_as(conv_weight), torch.zeros_like(rstd), of_scale, of_offset, None, None
+        return of_x.view_as(x), of_weight.view_as(conv_weight), torch.zeros_like(rstd), of_scale, of_offset, None
 
 
 def _shift(x: Tensor, out: Tensor, back: bool = False, relu: bool = False, passed: Tensor | None = None) -> Tensor:

@@ -6,6 +6,8 @@ cutting and pasting.
 """
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,28 +19,31 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 NUMBERS_AT_A_TIME = 2**19
 
 
-class Scratch:
-    """Memory for temporaries, which all blocks of a pass use one after the other."""
+_local = threading.local()
 
-    def __init__(self):
-        self._tensors: dict[tuple, Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor with undefined content; the same memory for the same name, shape and dtype."""
-        dtype = dtype or like.dtype
-        key = name, tuple(shape), dtype
-        if key not in self._tensors:
-            self._tensors[key] = like.new_empty(shape, dtype=dtype)
-        return self._tensors[key]
+def scratch(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a temporary: a tensor with undefined content, valid until the thread asks for the same name again.
+
+    A CPU's is kept, as large as was ever needed: given back, the C library would leave holes of it between tensors that
+    are saved, and have the system clear pages anew at every step. Other devices' allocators keep memory themselves.
+    """
+    dtype = dtype or like.dtype
+    if like.device.type != 'cpu':
+        return like.new_empty(shape, dtype=dtype)
+    kept = vars(_local)
+    size, key = math.prod(shape), f'{name} {dtype}'
+    if key not in kept or len(kept[key]) < size:
+        kept[key] = like.new_empty(size, dtype=dtype)
+    return kept[key][:size].view(shape)
 
 
 class SharedAttention:
     """What the modules of a block that share their attention pass on to each other."""
 
-    def __init__(self, window_sizes: Sequence[int], shifted: bool, scratch: Scratch):
+    def __init__(self, window_sizes: Sequence[int], shifted: bool):
         self.window_sizes = window_sizes
         self.shifted = shifted
-        self.scratch = scratch
         self.queries: list[Tensor] = []  # while the block's forward pass runs
         self.later: list[list[tuple[Tensor, Tensor]]] = []  # gradients and values of later modules, by group of windows
         self.forget()
@@ -68,9 +73,9 @@ class Attend(torch.autograd.Function):
             values.append(_cut(group, window, shared.shifted * ((window + 1) // 2)))
         out = x.new_empty(*x.shape[:3], values[0].shape[-1] * count)
         for q, v, window, place in zip(shared.queries, values, sizes, out.chunk(count, dim=3), strict=True):
-            result = shared.scratch.take('result', v.shape, v)
+            result = scratch('result', v.shape, v)
             for part in _parts(q):
-                torch.bmm(_attention(q[part], shared.scratch), v[part], out=result[part])
+                torch.bmm(_attention(q[part]), v[part], out=result[part])
             _paste(result, place, window, shared.shifted * (window // 2))
         ctx.save_for_backward(*shared.queries, *values)
         return out
@@ -86,16 +91,16 @@ class Attend(torch.autograd.Function):
                      shared.window_sizes, strict=True)
         for i, (q, v, of_out, of_in, window) in enumerate(groups):
             of_out = _cut(of_out, window, shared.shifted * (window // 2))
-            of_v = shared.scratch.take('of_v', v.shape, v)
+            of_v = scratch('of_v', v.shape, v)
             shift = shared.shifted * ((window + 1) // 2)
             if ctx.first:
-                of_q = shared.scratch.take('of_q', q.shape, q)
-                _backward_of_first(q, [(of_out, v), *shared.later[i]], of_q, of_v, shared.scratch)
+                of_q = scratch('of_q', q.shape, q)
+                _backward_of_first(q, [(of_out, v), *shared.later[i]], of_q, of_v)
                 place_q, of_in = of_in.chunk(2, dim=3)
                 _paste(of_q, place_q, window, shift)
             else:
                 for part in _parts(q):
-                    torch.bmm(_attention(q[part], shared.scratch).transpose(1, 2), of_out[part], out=of_v[part])
+                    torch.bmm(_attention(q[part]).transpose(1, 2), of_out[part], out=of_v[part])
                 if not shared.later[i]:
                     # A backward pass that ends before it reaches the first module must leave nothing for the next one.
                     Variable._execution_engine.queue_callback(shared.forget)
@@ -106,13 +111,12 @@ class Attend(torch.autograd.Function):
         return result, None
 
 
-def _backward_of_first(q: Tensor, pairs: list[tuple[Tensor, Tensor]], of_q: Tensor, of_v: Tensor,
-                       scratch: Scratch) -> None:
+def _backward_of_first(q: Tensor, pairs: list[tuple[Tensor, Tensor]], of_q: Tensor, of_v: Tensor) -> None:
     """Gradients of queries and of the first module's values, from (gradient of the result, values) of each module."""
     for part in _parts(q):
-        attention = _attention(q[part], scratch)
+        attention = _attention(q[part])
         torch.bmm(attention.transpose(1, 2), pairs[0][0][part], out=of_v[part])
-        of_map = scratch.take('of_map', attention.shape, attention)
+        of_map = scratch('of_map', attention.shape, attention)
         for i, (of_out, v) in enumerate(pairs):
             torch.baddbmm(of_map, of_out[part], v[part].transpose(1, 2), beta=min(i, 1), out=of_map)
         of_logits = torch._softmax_backward_data(of_map, attention, -1, attention.dtype, grad_input=of_map)
@@ -128,9 +132,9 @@ def _parts(tokens: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, number)) for start in range(0, number, step))
 
 
-def _attention(q: Tensor, scratch: Scratch) -> Tensor:
+def _attention(q: Tensor) -> Tensor:
     """softmax(q qᵀ) of (N, window², C)."""
-    logits = torch.bmm(q, q.transpose(1, 2), out=scratch.take('map', (*q.shape[:2], q.shape[1]), q))
+    logits = torch.bmm(q, q.transpose(1, 2), out=scratch('map', (*q.shape[:2], q.shape[1]), q))
     return torch.softmax(logits, dim=-1, out=logits)
 
 

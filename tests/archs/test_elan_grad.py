@@ -4,7 +4,7 @@ import torch
 
 from elan_basicsr.archs import elan_grad
 from elan_basicsr.archs.elan_arch import ELAN, cut_windows, paste_windows
-from elan_basicsr.archs.elan_grad_attention import Attend, Scratch, SharedAttention
+from elan_basicsr.archs.elan_grad_attention import Attend, SharedAttention
 
 
 def _network(**arguments) -> ELAN:
@@ -91,7 +91,7 @@ def test_attention_without_maps_is_the_fused_one(window_sizes, shifted):
               for channels in (2 * width, width, width)]
     outcomes = []
     for attend in (Attend.apply, lambda x, shared: elan_grad._attend_fused(x, shared, cut_windows, paste_windows)):
-        shared = SharedAttention(window_sizes, shifted, Scratch())
+        shared = SharedAttention(window_sizes, shifted)
         total = torch.zeros(2, edge, edge, width, dtype=torch.float64)
         first, *later = inputs
         for x in (first, *later):
