@@ -15,8 +15,9 @@ test: venv
 	$(BIN)/python -m pytest
 
 cluster-test: venv
-	timeout 1200 tests/cluster/slurm.sh
-	timeout 900 tests/cluster/two_nodes.sh
+	failed=; for test in slurm two_nodes; do \
+	    PYTHON=$(abspath $(BIN))/python timeout --kill-after=30 1200 tests/cluster/$$test.sh || failed=yes; \
+	done; test -z "$$failed"
 
 lint: venv
 	$(BIN)/ruff check .

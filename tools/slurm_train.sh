@@ -16,23 +16,25 @@
 #
 # One task is one process with one GPU. Submit from the folder that is to hold experiments/, with the environment that
 # has elan-basicsr active, or with PYTHON=its python. Three minutes before the time limit the run is asked to save; the
-# job then requeues itself and goes on from there (--auto_resume). A run whose process died is requeued as long as the
-# job has restarted fewer than MAX_RESTARTS times, 3 by default. A run that is done, cancelled, or whose options are
-# wrong is not.
+# job then requeues itself and goes on from there (--auto_resume). A run whose process died is requeued MAX_RESTARTS
+# times, 3 by default, which slurm-JOB.failures counts. A run that is done, cancelled, or whose options are wrong is not.
 set -uo pipefail
 if [ $# -eq 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "usage: sbatch [options] tools/slurm_train.sh OPTION_FILE [arguments]" >&2
     exit 2
 fi
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}  # jobs may share a node
-terminated=
+failures=slurm-$SLURM_JOB_ID.failures
+asked='' terminated=''
+launcher=()
+[ "${SLURM_NTASKS:-1}" -gt 1 ] && launcher=(--launcher slurm)
 
-# bash handles a signal when the command in the foreground ends: so srun runs in the background and is waited for.
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -u -m elan_basicsr train --auto_resume -opt "$@" &
-run=$!
 # SLURM gives this script alone the signal before the time limit; a cancelled or preempted job's tasks get theirs anyway.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'asked=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 trap 'terminated=yes' TERM
+# bash handles a signal when the command in the foreground ends: so srun runs in the background and is waited for.
+srun --kill-on-bad-exit=1 "${PYTHON:-python}" -u -m elan_basicsr train --auto_resume "${launcher[@]}" -opt "$@" &
+run=$!
 wait "$run"
 code=$?
 while kill -0 "$run" 2> /dev/null; do  # a signal ended the wait, not the run
@@ -47,9 +49,14 @@ requeue() {
 }
 if [ -n "$terminated" ]; then
     exit "$code"  # cancelled, or preempted: then SLURM requeues it
-elif [ "$code" -eq 75 ]; then
+elif [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then
+    rm -f "$failures"
+elif [ "$code" -eq 75 ] || [ -n "$asked" ]; then  # srun may report another code of a task that it ended
     requeue "the run was asked to stop and has saved"
-elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-3}" ]; then
-    requeue "the run ended with code $code"
+else
+    echo "$code" >> "$failures"
+    if [ "$(wc -l < "$failures")" -le "${MAX_RESTARTS:-3}" ]; then
+        requeue "the run ended with code $code"
+    fi
 fi
 exit "$code"

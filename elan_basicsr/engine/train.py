@@ -132,6 +132,10 @@ class Training:
         self.loader = self._build_loader(train_set)
         self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
         self.messages.max_iters = self.total + 1  # upstream's ETA is one iteration short, "-1 day" at the last
+        before = (resume_state or {}).get('step_size', self.step_size)
+        if before != self.step_size:
+            logger.info(f'The run took {before} samples an iteration so far and takes {self.step_size} from here on: '
+                        'it goes on in the same stream of samples, with other iterations than it would have had')
         steps = math.ceil(self.epoch_size / self.step_size)
         logger.info(f'{len(train_set)} training images, {self.step_size} patches an iteration, {steps} iterations an '
                     f'epoch, {self.total} iterations in all')
@@ -217,7 +221,7 @@ class Training:
 
     def save(self, validation_due: bool = False) -> None:
         self.logger.info('Saving models and training states.')
-        self.model.progress = {'samples': self.samples, 'validation_due': validation_due}
+        self.model.progress = {'samples': self.samples, 'step_size': self.step_size, 'validation_due': validation_due}
         self.model.save(self.epoch, self.iteration)
         if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
             delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])

@@ -24,6 +24,9 @@ within() {  # within SECONDS WHAT COMMAND...: until COMMAND succeeds
 install() {  # install PROGRAM PACKAGE...
     command -v "$1" > /dev/null && return
     shift
+    # Debian's packages start their daemons where nothing forbids it.
+    local policy=/usr/sbin/policy-rc.d
+    [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod +x "$policy" && trap 'rm -f '"$policy" RETURN; }
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@"; } \
         > "$work/apt.log" 2>&1 || cannot "apt-get could not install $*: $(tail -n 1 "$work/apt.log")"
 }

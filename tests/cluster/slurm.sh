@@ -68,6 +68,7 @@ submit() {  # submit FOLDER: a job of two tasks in it; its number in $job
         "$root/tools/slurm_train.sh" "$work/run.yml") || fail "sbatch refused the job"
 }
 state() { scontrol --oneliner show job "$job" | grep -oE "$1=[^ ]+" | cut -d= -f2; }
+failed() { [ "$(state JobState)" = FAILED ]; }
 ended() { [ "$(state JobState)" = COMPLETED ]; }
 restarted() {  # a requeued job waits two minutes before it starts again, unless told to
     scontrol update JobId="$job" StartTime=now > /dev/null 2>&1 || true
@@ -85,7 +86,17 @@ stopped=$(grep -oE 'saved at iteration [0-9]+' "$output" | grep -oE '[0-9]+$')
 within 120 "iteration $((stopped + 30))" reached "$output" $((stopped + 30))
 scontrol requeue "$job"
 within 240 "the restart after scontrol requeue" restarted 2
+within 120 "iteration $((stopped + 150))" reached "$output" $((stopped + 150))
+pgrep -f "$work/run.yml" | xargs -r ps -o pid=,args= -p | awk '/-u -m elan_basicsr/ && !/srun/ {print $1}' | sort -n \
+    | head -n 1 | xargs kill -KILL
+within 240 "the restart after a task's death" restarted 3
 within 300 "the end of the requeued run" ended
+[ ! -e "$work/disturbed/slurm-$job.failures" ] || fail "the count of failures was left behind"
 grep -q "Start training from .*iter: $stopped\$" "$output" || fail "the job did not resume at iteration $stopped"
 "$PYTHON" "$root/tests/cluster/training.py" compare "$work/calm" "$work/disturbed" || fail "the requeued run differs"
-echo "$test: passed: signalled at iteration $stopped, requeued twice, weights equal bit for bit"
+mkdir "$work/wrong"
+(cd "$work/wrong" && sbatch --parsable --ntasks=2 --output=output "$root/tools/slurm_train.sh" absent.yml) > "$work/job"
+job=$(cat "$work/job")
+within 120 "the end of a job with wrong options" failed
+[ "$(state ExitCode) $(state Restarts)" = '2:0 0' ] || fail "wrong options: $(state ExitCode), $(state Restarts) restarts"
+echo "$test: passed: signalled at iteration $stopped, requeued three times, weights equal bit for bit"

@@ -146,13 +146,14 @@ def test_a_state_knows_its_network(options, capfd):
     assert 'cannot resume' in capfd.readouterr().err
 
 
-def test_resuming_with_another_batch_goes_on_in_the_stream(options):
+def test_resuming_with_another_batch_goes_on_in_the_stream(options, capfd):
     file = write(options)
     assert main(['train', '-opt', file]) == 0
     assert main(['train', '-opt', file, '--auto_resume', '--set', 'train.total_iter=12',
                  'datasets.train.batch_size_per_gpu=2']) == 0
     state = torch.load('experiments/run/training_states/12.state', weights_only=True)
     assert state['samples'] == 8 * 4 + 4 * 2
+    assert 'took 4 samples an iteration so far and takes 2 from here on' in ' '.join(capfd.readouterr().err.split())
 
 
 def test_old_checkpoints_go_and_the_best_stays(options):
