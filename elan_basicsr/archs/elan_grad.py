@@ -174,17 +174,18 @@ class _LinearNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, conv_weight, scale, rstd = ctx.saved_tensors
         grad, tokens, weight = grad.contiguous().flatten(0, 2), x.flatten(0, 2), conv_weight.flatten(1)
-        count = len(tokens)
-        of_offset, mean = grad.sum(0), tokens.mean(0)
-        products = torch.mm(tokens.t(), grad).t() - torch.outer(of_offset, mean)  # gradᵀ x, centred
+        count, of_offset = len(tokens), grad.sum(0)
+        # Centred first: differences of sums over maps with large means would lose their digits.
+        centred = torch.sub(tokens, tokens.mean(0), out=scratch('centred', tokens.shape, tokens))
+        products = torch.mm(centred.t(), grad).t()
         of_scale = (weight * products).sum(1) * rstd
         # The gradient of z is g * grad - g * of_offset / count + of_z * (z - its mean).
         g = scale * rstd
         of_z = -g * rstd * of_scale / count
-        covariance = torch.mm(tokens.t(), tokens).sub_(torch.outer(mean, mean), alpha=count)
+        covariance = torch.mm(centred.t(), centred)
         of_weight = g[:, None] * products + of_z[:, None] * torch.mm(weight, covariance)
         through = weight.t() @ (of_z[:, None] * weight)
-        of_x = torch.addmm(-mean @ through - (g * of_offset / count) @ weight, tokens, through)
+        of_x = torch.addmm(-(g * of_offset / count) @ weight, centred, through)
         of_x.addmm_(grad, g[:, None] * weight)
         return of_x.view_as(x), of_weight.view_as(conv_weight), torch.zeros_like(rstd), of_scale, of_offset, None
 
