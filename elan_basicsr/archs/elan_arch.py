@@ -247,7 +247,8 @@ class ELAN(nn.Module):
         x = reflect_pad_to_multiple(x, math.lcm(*self.window_sizes))
         head = _in_full_precision(self.head, x * self.img_range - self.mean_in)
         x = self._run_body(head)
-        x = F.pixel_shuffle(_in_full_precision(self.tail, x + head), self.upscale)
+        x = head + x  # in this order: a sum has its first term's layout in memory, and discriminators view the output
+        x = F.pixel_shuffle(_in_full_precision(self.tail, x), self.upscale)
         x = (x + self.mean_out) / self.img_range
         return x[..., :h * self.upscale, :w * self.upscale]
 

@@ -135,3 +135,9 @@ def test_gradients_through_batchnorm_keep_their_digits_on_maps_with_large_means(
     for name, ours, exact in zip(('x', 'weight', 'bias', 'scale', 'offset'), *results, strict=True):
         error = (ours - exact).abs().max() / exact.abs().max().clamp_min(1)
         assert error < 5e-5, name
+
+
+def test_the_output_is_laid_out_as_any_networks():
+    """The toolbox's discriminators call `view` on what comes from it."""
+    net = ELAN(upscale=2, num_feat=15, num_block=2)
+    assert net(torch.rand(2, 3, 16, 16)).is_contiguous()

@@ -16,6 +16,13 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
+fail() {  # as in common.sh, with what SLURM says of the job
+    tail -n 15 "$work"/*/output >&2 || true
+    scontrol --oneliner show job "${job:-0}" >&2 || true
+    tail -n 5 "$work/slurmctld.log" >&2 || true
+    echo "$test: FAILED: $1" >&2
+    exit 1
+}
 
 install sbatch slurm-wlm munge
 install slurmctld slurmctld
