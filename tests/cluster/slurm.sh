@@ -77,9 +77,14 @@ submit() {  # submit FOLDER: a job of two tasks in it; its number in $job
 state() { scontrol --oneliner show job "$job" | grep -oE "$1=[^ ]+" | cut -d= -f2; }
 failed() { [ "$(state JobState)" = FAILED ]; }
 ended() { [ "$(state JobState)" = COMPLETED ]; }
-restarted() {  # a requeued job waits two minutes before it starts again, unless told to
-    scontrol update JobId="$job" StartTime=now > /dev/null 2>&1 || true
-    [ "$(state Restarts)" = "$1" ] && [ "$(state JobState)" = RUNNING ]
+pending() { [ "$(state Restarts) $(state JobState)" = "$1 PENDING" ]; }
+running() { [ "$(state JobState)" = RUNNING ]; }
+restarted() {  # restarted NUMBER WHY
+    within 120 "a requeue after $2" pending "$1"
+    # SLURM starts a requeued job after two minutes, because a node refuses it right after its end. Seconds will do.
+    sleep 5
+    scontrol update JobId="$job" StartTime=now
+    within 60 "the restart after $2" running
 }
 submit calm
 within 300 "the end of the undisturbed run" ended
@@ -87,16 +92,16 @@ output=$work/disturbed/output
 submit disturbed
 within 120 "iteration 30" reached "$output" 30
 scancel --batch --signal=USR1 "$job"
-within 240 "the restart after SIGUSR1" restarted 1
+restarted 1 "SIGUSR1"
 grep -q 'SIGUSR1: stopped and saved at iteration' "$output" || fail "SIGUSR1 did not lead to a checkpoint"
 stopped=$(grep -oE 'saved at iteration [0-9]+' "$output" | grep -oE '[0-9]+$')
 within 120 "iteration $((stopped + 30))" reached "$output" $((stopped + 30))
 scontrol requeue "$job"
-within 240 "the restart after scontrol requeue" restarted 2
+restarted 2 "scontrol requeue"
 within 120 "iteration $((stopped + 150))" reached "$output" $((stopped + 150))
 pgrep -f "$work/run.yml" | xargs -r ps -o pid=,args= -p | awk '/-u -m elan_basicsr/ && !/srun/ {print $1}' | sort -n \
     | head -n 1 | xargs kill -KILL
-within 240 "the restart after a task's death" restarted 3
+restarted 3 "a task's death"
 within 300 "the end of the requeued run" ended
 [ ! -e "$work/disturbed/slurm-$job.failures" ] || fail "the count of failures was left behind"
 grep -q "Start training from .*iter: $stopped\$" "$output" || fail "the job did not resume at iteration $stopped"
