@@ -107,7 +107,8 @@ within 300 "the end of the requeued run" ended
 grep -q "Start training from .*iter: $stopped\$" "$output" || fail "the job did not resume at iteration $stopped"
 "$PYTHON" "$root/tests/cluster/training.py" compare "$work/calm" "$work/disturbed" || fail "the requeued run differs"
 mkdir "$work/wrong"
-(cd "$work/wrong" && sbatch --parsable --ntasks=2 --output=output "$root/tools/slurm_train.sh" absent.yml) > "$work/job"
+(cd "$work/wrong" && sbatch --parsable --ntasks=2 --ntasks-per-node=2 --cpus-per-task=1 --output=output \
+    "$root/tools/slurm_train.sh" absent.yml) > "$work/job"
 job=$(cat "$work/job")
 within 120 "the end of a job with wrong options" failed
 [ "$(state ExitCode) $(state Restarts)" = '2:0 0' ] || fail "wrong options: $(state ExitCode), $(state Restarts) restarts"
