@@ -22,6 +22,7 @@ MAX_DEPTH = 30
 MAX_NUMBER = 100
 """Characters of a number. Python takes quadratic time for long ones, and refuses to print them."""
 MAX_MESSAGE = 500
+TOO_MUCH = 'too many or too deeply nested values'
 
 _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 _PLAIN_TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('str', 'int', 'float', 'bool', 'null')}
@@ -107,6 +108,8 @@ class _Builder:
             return None if node is None else self._value(node, (), ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            if error.problem == 'exceeded maximum nesting depth':  # libyaml's scanner has a limit too, and runs ahead
+                raise self._error(mark, TOO_MUCH) from None
             reason = ', '.join(part for part in (error.context, error.problem) if part)
             line = self.text.splitlines()[mark.line:mark.line + 1] if mark else []
             tabs = '; YAML is indented with spaces, not tabs' if line and line[0].lstrip(' ').startswith('\t') else ''
@@ -120,7 +123,7 @@ class _Builder:
         for number, event in enumerate(yaml.parse(self.text, Loader=_Loader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or number > 2 * MAX_NODES:
-                raise self._error(event.start_mark, 'too many or too deeply nested values')
+                raise self._error(event.start_mark, TOO_MUCH)
 
     def _error(self, mark, message: str) -> UserError:
         line = f':{mark.line + 1}' if mark and self.is_file else ''
@@ -129,7 +132,7 @@ class _Builder:
     def _value(self, node, path: Path_, parents: tuple):
         self.nodes += 1
         if self.nodes > MAX_NODES or len(parents) > MAX_DEPTH or any(node is parent for parent in parents):
-            raise self._error(node.start_mark, 'too many or too deeply nested values, or an alias of itself')
+            raise self._error(node.start_mark, f'{TOO_MUCH}, or an alias of itself')
         if isinstance(node, yaml.MappingNode) and node.tag == 'tag:yaml.org,2002:map':
             return self._mapping(node, path, (*parents, node))
         if isinstance(node, yaml.SequenceNode) and node.tag == 'tag:yaml.org,2002:seq':
