@@ -15,4 +15,4 @@ if [ $# -eq 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
     exit 2
 fi
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}  # jobs may share a node
-exec srun --kill-on-bad-exit=1 "${PYTHON:-python}" -u -m elan_basicsr test -opt "$@"
+exec srun --kill-on-bad-exit=0 --wait=60 "${PYTHON:-python}" -u -m elan_basicsr test -opt "$@"

@@ -33,7 +33,8 @@ launcher=()
 trap 'asked=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 trap 'terminated=yes' TERM
 # bash handles a signal when the command in the foreground ends: so srun runs in the background and is waited for.
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -u -m elan_basicsr train --auto_resume "${launcher[@]}" -opt "$@" &
+# When a task ends, the others have a minute to end by themselves: killed at once, they would hide its exit code.
+srun --kill-on-bad-exit=0 --wait=60 "${PYTHON:-python}" -u -m elan_basicsr train --auto_resume "${launcher[@]}" -opt "$@" &
 run=$!
 wait "$run"
 code=$?
