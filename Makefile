@@ -25,7 +25,7 @@ lint: venv
 venv: $(VENV)/installed
 
 # basicsr 1.4.2 imports torch in its own setup: torch comes first, and basicsr is built without isolation.
-$(VENV)/installed: setup.py
+$(VENV)/installed: setup.py $(wildcard elan_basicsr/archs/kernels/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "Python 3.10 to 3.12 is needed, \
 	this is %d.%d; call make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)

@@ -3,9 +3,13 @@
 basicsr 1.4.2 imports torch in its own setup, so install torch first and this package without build isolation; the
 README's install section and `make venv` do exactly that.
 """
+import hashlib
+import os
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = {}
@@ -16,6 +20,18 @@ REPORT = ['matplotlib>=3.8']
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']  # onnxscript is what torch.onnx exports with
 # The option files lie at the top of a checkout, and inside the installed package.
 OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'options/compare'}
+
+# Kernels for a CPU, called through ctypes. Where they cannot be compiled the package does without them, more slowly;
+# ELAN_KERNELS=0 leaves them out, for a wheel without them.
+KERNELS = []
+if (sys.platform, platform.machine()) == ('linux', 'x86_64') and os.environ.get('ELAN_KERNELS') != '0':
+    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / 'elan_basicsr/archs/kernels').glob('*.h'))
+    sources = ['elan_basicsr/archs/kernels/kernels.cpp', *headers]
+    # By this sum elan_native.py tells kernels that were compiled from other sources than lie beside it.
+    digest = hashlib.sha256(b''.join((HERE / name).read_bytes() for name in sources)).hexdigest()
+    KERNELS = [Extension('elan_basicsr.archs._kernels', sources[:1], depends=headers, language='c++', optional=True,
+                         define_macros=[('SOURCES', f'"{digest}"')],
+                         extra_compile_args=['-O3', '-std=c++17', '-fopenmp'], extra_link_args=['-fopenmp'])]
 
 setup(
     name='elan-basicsr',
@@ -28,6 +44,7 @@ setup(
     packages=[*find_packages(include=['elan_basicsr', 'elan_basicsr.*']), *OPTIONS],
     package_dir=OPTIONS,
     package_data={'': ['*.yml', '*.jinja']},
+    ext_modules=KERNELS,
     py_modules=['elan_basicsr_command'],
     # The sdist of basicsr 1.4.2 cannot be built by Python 3.13: its setup reads a variable that exec() set in locals().
     python_requires='>=3.10,<3.13',

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elan_basicsr.archs import elan_fast, elan_grad
+from elan_basicsr.archs import elan_fast, elan_grad, elan_native, elan_native_grad
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -253,10 +253,13 @@ class ELAN(nn.Module):
         return x[..., :h * self.upscale, :w * self.upscale]
 
     def _run_body(self, x: Tensor) -> Tensor:
-        if elan_fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
-            return elan_fast.run_body(self.body, x, self.window_sizes)
+        for fast in (elan_native, elan_fast):
+            if fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
+                return fast.run_body(self.body, x, self.window_sizes)
         run_block = None
-        if elan_grad.serves(self.body, x, _FAST_TYPES):
+        if elan_native_grad.serves(self.body, x, self.window_sizes, _FAST_TYPES):
+            run_block = elan_native_grad.run_block
+        elif elan_grad.serves(self.body, x, _FAST_TYPES):
             run_block = partial(elan_grad.run_block, cut=cut_windows, paste=paste_windows)
         for block in self.body:
             run = partial(run_block, block) if run_block else block
@@ -274,8 +277,8 @@ def _in_full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x.to(conv.weight.dtype))
 
 
-# What `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised one, takes the
-# plain path.
+# What `elan_native`, `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised
+# one, takes the plain path.
 _FAST_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
 
 

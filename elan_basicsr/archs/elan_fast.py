@@ -65,7 +65,7 @@ def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return conv.weight.flatten(1).t().to(dtype), conv.bias.to(dtype)
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """The same of a 1x1 convolution followed by BatchNorm on its running statistics."""
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale * norm.weight if norm.weight is not None else scale
@@ -112,7 +112,7 @@ class _Attention:
     """What the passes need of a GMSA module: its projections as matrices, one into each group of windows."""
 
     def __init__(self, gmsa: nn.Module, sharing: bool, low: torch.dtype):
-        weight, bias = _folded(gmsa.project_in, gmsa.norm)
+        weight, bias = folded(gmsa.project_in, gmsa.norm)
         groups = len(gmsa.window_sizes)
         self.projections = [(part.contiguous(), offset)
                             for part, offset in zip(weight.chunk(groups, 1), bias.chunk(groups), strict=True)]

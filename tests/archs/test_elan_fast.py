@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elan_basicsr.archs import elan_arch, elan_fast
+from elan_basicsr.archs import elan_arch, elan_fast, elan_native
 from elan_basicsr.archs.elan_arch import ELAN
+
+
+@pytest.fixture(scope='module', autouse=True)
+def without_kernels():
+    """Compiled kernels would take most of what comes in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elan_native, 'serves', lambda *_: False)
+        yield
 
 
 def _network(**arguments) -> ELAN:

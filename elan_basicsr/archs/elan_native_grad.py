@@ -1,0 +1,247 @@
+"""Blocks of ELAN for training on a CPU in float32, on kernels compiled for it (`kernels/gradients.h`).
+
+Maps are (B, H, C, W), with a row's channels as lines. A backward pass has no more from its forward pass than the maps
+between modules, the widened map, queries and values before BatchNorm scales them, and what attention gave: attention
+maps are made again, window by window, in the cache.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from elan_basicsr.archs import elan_grad
+from elan_basicsr.archs.elan_grad_attention import scratch
+from elan_basicsr.archs.elan_native import LINE, PIXELS, call, library, packed, windows_together
+
+ROWS = 16  # at a time, at most, as in kernels/gradients.h
+
+_without_autocast = torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.float32)
+_backward_without_autocast = torch.amp.custom_bwd(device_type='cpu')
+
+
+def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
+    """Whether `run_block` may stand in for the blocks: where `elan_grad` may, in float32, with BatchNorm training.
+
+    Under autocast as well, as for inference.
+    """
+    if (not elan_grad.serves(body, x, plain_types) or x.device.type != 'cpu' or x.dtype != torch.float32
+            or x.shape[3] % LINE or any(w % 4 for w in window_sizes) or library() is None):
+        return False
+    norms = [module for module in body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return (all(type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats
+                for norm in norms)
+            and all(p.dtype == x.dtype and p.device == x.device for p in body.parameters()))
+
+
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """An ELAB on a padded map. (B, C, H, W) -> the same."""
+    x = x.transpose(1, 2).contiguous()
+    first = block.gmsa[0]
+    shared = _Shared(first.window_sizes, first.shifted, len(block.gmsa))
+    for i, (lfe, gmsa) in enumerate(zip(block.lfe, block.gmsa, strict=True)):
+        x = _Features.apply(x, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
+        x = _Attention.apply(x, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
+                             gmsa.project_out.weight, gmsa.project_out.bias, gmsa.norm, shared, i)
+    shared.queries = []
+    return x.transpose(1, 2)
+
+
+def _room(x: Tensor, each: int) -> tuple[Tensor, int, int]:
+    """The last arguments of most kernels: memory for the threads, numbers of each, and how many threads."""
+    threads = torch.get_num_threads()
+    return scratch('kernels', (threads * each,), x), each, threads
+
+
+def _size(x: Tensor) -> tuple[int, int, int, int]:
+    b, h, c, w = x.shape
+    return b, h, w, c
+
+
+class _Sums:
+    """Zeros for each thread to add to, and their totals. Rows of matrices are filled up to whole vectors."""
+
+    def __init__(self, *shapes: tuple[int, ...], like: Tensor):
+        self.shapes, threads = shapes, torch.get_num_threads()
+        lanes = library().elan_lanes()
+        self.parts = [like.new_zeros(threads, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1
+                                     else shape[0]) for shape in shapes]
+
+    def totals(self) -> list[Tensor]:
+        return [part.sum(0)[..., :shape[-1]] for part, shape in zip(self.parts, self.shapes, strict=True)]
+
+
+class _Features(torch.autograd.Function):
+    """Local feature extraction, added to its input. (B, H, C, W) -> the same."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: FunctionCtx, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+        (b, h, c, w), wide = x.shape, len(bias0)
+        hidden, out = x.new_empty(b, h, wide, w), torch.empty_like(x)
+        room = _room(x, wide * PIXELS)
+        call('elan_convolve', x, hidden, None, True, True, *_size(x), wide, *packed(weight0.flatten(1), bias0), *room)
+        call('elan_convolve', hidden, out, x, True, False, *_size(hidden), c, *packed(weight1.flatten(1), bias1), *room)
+        ctx.save_for_backward(x, hidden, weight0, weight1)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @_backward_without_autocast
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        x, hidden, weight0, weight1 = ctx.saved_tensors
+        grad = grad.contiguous()
+        c, wide = x.shape[2], hidden.shape[2]
+        of_far, of_near = scratch('of_far', hidden.shape, x), scratch('of_near', x.shape, x)
+        room = _room(x, ROWS * (wide + 2 * c + LINE) * x.shape[3])
+        sums1 = _Sums((wide, c), (c,), like=x)
+        call('elan_features_back1', grad, hidden, of_far, *_size(x), wide, packed(weight1.flatten(1).t())[0],
+             *sums1.parts, *room)
+        sums0 = _Sums((wide, c), (wide,), like=x)
+        call('elan_features_back0', x, hidden, of_far, of_near, *_size(x), wide, packed(weight0.flatten(1).t())[0],
+             *sums0.parts, *room)
+        of_x = torch.empty_like(x)
+        call('elan_add_shifted_back', grad, of_near, of_x, *_size(x), torch.get_num_threads())
+        (of_weight0, of_bias0), (of_weight1, of_bias1) = sums0.totals(), sums1.totals()
+        return of_x, of_weight0.reshape(weight0.shape), of_bias0, of_weight1.t().reshape(weight1.shape), of_bias1
+
+
+_free = threading.local()
+
+
+class _Shared:
+    """What the modules of a block pass on to each other: queries, and on the way back what the first needs of all."""
+
+    def __init__(self, window_sizes: Sequence[int], shifted: bool, modules: int):
+        self.window_sizes, self.shifted, self.modules = window_sizes, shifted, modules
+        self.queries: tuple[Tensor, ...] = ()  # map, scale and offset of the first module, while the forward pass runs
+        self.later: list[tuple[Tensor, Tensor, Tensor]] | None = None  # gradients, values, dots for each window size
+
+    def tasks(self, x: Tensor, window: int) -> tuple[int, int]:
+        """Over how many tasks a kernel spreads the windows of a map, and tokens of each."""
+        b, h, _, w = x.shape
+        together = windows_together(window)
+        return b * (h // window) * -(-(w // window) // together), together * window**2
+
+    def room(self, x: Tensor) -> tuple[Tensor, int, int]:
+        c, tokens = x.shape[2], max(windows_together(w) * w**2 for w in self.window_sizes)
+        return _room(x, (c + 3 * c // len(self.window_sizes)) * tokens + max(self.window_sizes)**2 * 2 * LINE)
+
+    def begin_back(self, x: Tensor) -> None:
+        """Memory for the way back, which blocks hand on to each other: one that stopped half-way keeps its own."""
+        if self.later is None:
+            d = x.shape[2] // len(self.window_sizes)
+            key = (*x.shape, *self.window_sizes, self.modules)
+            kept = vars(_free).pop('kept', None)
+            if kept is None or kept[0] != key:
+                kept = key, []
+                for window in self.window_sizes:
+                    tasks, tokens = self.tasks(x, window)
+                    shape = tasks, self.modules * d, tokens
+                    kept[1].append((x.new_empty(shape), x.new_empty(shape), x.new_empty(tasks, tokens)))
+            self.key, self.later = kept
+
+    def end_back(self) -> None:
+        _free.kept, self.later = (self.key, self.later), None
+
+
+class _Attention(torch.autograd.Function):
+    """Group-wise multi-scale self-attention in training, added to its input. (B, H, C, W) -> the same."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
+                out_weight: Tensor, out_bias: Tensor, norm: nn.BatchNorm2d, shared: _Shared, module: int) -> Tensor:
+        z, mean, rstd = _project(x, weight.flatten(1), bias, norm)
+        values = z, scale * rstd, offset.clone()
+        if module == 0:
+            shared.queries = values
+        attended, out, sums = torch.empty_like(x), torch.empty_like(x), []
+        for i, window in enumerate(shared.window_sizes):
+            sums.append(x.new_empty(shared.tasks(x, window)))
+            call('elan_attend_normalised', *_group(shared.queries, values, i, shared), _lines(attended, i, shared),
+                 sums[i], *_size(x), window, shared.shifted * (window // 2), x.shape[2] // len(shared.window_sizes),
+                 *shared.room(x))
+        call('elan_convolve', attended, out, x, False, False, *_size(x), x.shape[2],
+             *packed(out_weight.flatten(1), out_bias), None, 0, torch.get_num_threads())
+        ctx.shared, ctx.module = shared, module
+        ctx.save_for_backward(x, attended, mean, rstd, weight, out_weight, *values, *shared.queries, *sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @_backward_without_autocast
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, attended, mean, rstd, weight, out_weight, *rest = ctx.saved_tensors
+        values, queries, sums = rest[:3], rest[3:6], rest[6:]
+        shared, module = ctx.shared, ctx.module
+        grad = grad.contiguous()
+        of_normalised = scratch('of_normalised', values[0].shape, x)
+        shared.begin_back(x)
+        out_weights = out_weight.flatten(1).t().chunk(len(shared.window_sizes))
+        for i, window in enumerate(shared.window_sizes):
+            both = _lines(of_normalised, i, shared)
+            d = x.shape[2] // len(shared.window_sizes)
+            call('elan_attend_back', *_group(queries, values, i, shared), grad, _lines(attended, i, shared), sums[i],
+                 both if module == 0 else None, both[:, :, -d:], *shared.later[i], shared.modules, module, *_size(x),
+                 window, shared.shifted * (window // 2), d, packed(out_weights[i])[0], *shared.room(x))
+        if module == 0:
+            shared.end_back()
+        c = x.shape[2]
+        out_sums = _Sums((c, c), (c,), like=x)
+        call('elan_products', grad, attended, *_size(x), c, *out_sums.parts, *_room(x, ROWS * (c + LINE) * x.shape[3]))
+        of_out_weight, of_out_bias = out_sums.totals()
+        of_x, *of_norm = _project_back(of_normalised, values[0], values[1], grad, x, mean, rstd, weight)
+        return of_x, *of_norm, of_out_weight.reshape(out_weight.shape), of_out_bias, None, None, None
+
+
+def _lines(x: Tensor, group: int, shared: _Shared) -> Tensor:
+    """The channels of a group of windows in (B, H, C, W)."""
+    width = x.shape[2] // len(shared.window_sizes)
+    return x[:, :, group * width:(group + 1) * width]
+
+
+def _group(queries: Sequence[Tensor], values: Sequence[Tensor], i: int, shared: _Shared) -> Iterator[Tensor | int]:
+    """Queries and values of a group as kernels take them: lines of a map, how many it has, their scale and offset."""
+    count, width = len(shared.window_sizes), values[0].shape[2] // len(shared.window_sizes)
+    d = queries[0].shape[2] // (2 * count)
+    for (z, scale, offset), first in ((queries, 2 * d * i), (values, width * (i + 1) - d)):
+        yield from (z[:, :, first:], z.shape[2], scale[first:], offset[first:])
+
+
+def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """What BatchNorm normalises less its mean, the mean of x, and 1 / standard deviation; updates the statistics.
+
+    W (x - mean of x), as W x less W times the mean: the convolution's bias makes no difference.
+    """
+    mean, count = x.mean((0, 1, 3)), x.numel() // x.shape[2]
+    centre = matrix @ mean
+    z = x.new_empty(*x.shape[:2], len(matrix), x.shape[3])
+    sums = _Sums((len(matrix),), like=x)
+    call('elan_project_squares', x, z, *_size(x), len(matrix), *packed(matrix, -centre), *sums.parts,
+         torch.get_num_threads())
+    var = sums.totals()[0] / count
+    norm.num_batches_tracked.add_(1)
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(centre + bias, momentum)
+    norm.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+    return z, mean, (var + norm.eps).rsqrt()
+
+
+def _project_back(grad: Tensor, z: Tensor, g: Tensor, residual: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                  weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x, with `residual` added, and of weight, bias, scale and offset from that of the normalised map."""
+    n, c = len(weight), x.shape[2]
+    count = x.numel() // c
+    sums = _Sums((n,), (n,), like=x)
+    call('elan_line_products', grad, z, *_size(z), *sums.parts, torch.get_num_threads())
+    of_scale, of_offset = sums.totals()
+    of_scale = of_scale * rstd
+    of_x, weight_sums = torch.empty_like(x), _Sums((n, c), like=x)
+    call('elan_norm_back', grad, z, g, -g * rstd * of_scale / count, -g * of_offset / count, x, mean, residual, of_x,
+         *_size(x), n, packed(weight.flatten(1).t())[0], *weight_sums.parts,
+         *_room(x, ROWS * (n + 2 * c + LINE) * x.shape[3]))
+    return of_x, weight_sums.totals()[0].reshape(weight.shape), torch.zeros_like(rstd), of_scale, of_offset

@@ -1,0 +1,396 @@
+// What training needs beside: 1x1 convolutions that keep their output, and backward passes.
+//
+// Sums over pixels are made by each thread for its rows and added in the order of the threads: the same number of
+// threads gives the same bits.
+namespace NAMESPACE {
+
+INLINE float total(vec v) {
+    UNROLL for (int step = LANES / 2; step; step /= 2) {
+        ivec other;
+        UNROLL for (int i = 0; i < LANES; i++) other[i] = i ^ step;
+        v += __builtin_shuffle(v, other);
+    }
+    return v[0];
+}
+
+// Rows of a map whose products over pixels are summed at a time: as many as leave `lines` of them in the cache.
+INLINE long rows_at_a_time(const Map &size, long lines) {
+    const long rows = 65536 / (size.pitch * lines);
+    return rows < 1 ? 1 : rows > 16 ? 16 : rows;
+}
+
+// Lines of some rows: line i of row r starts at `at + r * row + i * line`.
+struct Lines {
+    const float *at;
+    long row, line, number;
+};
+
+INLINE long filled(long lines) { return (lines + LANES - 1) / LANES * LANES; }
+
+// Write the pixels of some lines (n, pitch) as columns of channels, (w, filled(n)); what fills up is zero.
+INLINE void transpose(Lines a, long rows, long w, float *to) {
+    const long columns = filled(a.number);
+    for (long r = 0; r < rows; r++)
+        for (long k = 0; k < a.number; k += LANES)
+            for (long p = 0; p < w; p += LANES) {
+                vec v[LANES];
+                UNROLL for (int i = 0; i < LANES; i++) v[i] =
+                    k + i < a.number ? load(a.at + r * a.row + (k + i) * a.line + p) : vec{};
+                UNROLL for (int step = 1; step < LANES; step *= 2) {
+                    ivec upper, lower;
+                    UNROLL for (int i = 0; i < LANES; i++) {
+                        upper[i] = i & step ? LANES + i - step : i;
+                        lower[i] = i & step ? LANES + i : i + step;
+                    }
+                    UNROLL for (int i = 0; i < LANES; i++) {
+                        if (i & step) continue;
+                        const vec x = v[i], y = v[i + step];
+                        v[i] = __builtin_shuffle(x, y, upper);
+                        v[i + step] = __builtin_shuffle(x, y, lower);
+                    }
+                }
+                UNROLL for (int i = 0; i < LANES; i++) store(to + (r * w + p + i) * columns + k, v[i]);
+            }
+}
+
+// sums[i][j] += sum over the pixels of `rows` rows of a[i] * b[j], N of i and U vectors of j. b: columns of channels.
+template <int N, int U>
+inline void add_products(Lines a, const float *b, long columns, long rows, long w, float *sums) {
+    vec products[N][U];
+    UNROLL for (int i = 0; i < N; i++) {
+        UNROLL for (int u = 0; u < U; u++) products[i][u] = load(sums + i * columns + u * LANES);
+    }
+    for (long r = 0; r < rows; r++)
+        accumulate<N, U>(b + r * w * columns, columns, a.at + r * a.row, 1, a.line, w, products);
+    UNROLL for (int i = 0; i < N; i++) {
+        UNROLL for (int u = 0; u < U; u++) store(sums + i * columns + u * LANES, products[i][u]);
+    }
+}
+
+template <int U>
+INLINE void add_all_products(Lines a, const float *b, long columns, long rows, long w, float *sums) {
+    constexpr int N = 6;
+    long i = 0;
+    for (; i + N <= a.number; i += N, a.at += N * a.line)
+        add_products<N, U>(a, b, columns, rows, w, sums + i * columns);
+    for (; i < a.number; i++, a.at += a.line) add_products<1, U>(a, b, columns, rows, w, sums + i * columns);
+}
+
+// sums[i][j] += sum over the pixels of the rows of a[i] * b[j], (n, filled(number of b)).
+static void outer_product(Lines a, const float *b, long number, long rows, long w, float *sums) {
+    const long columns = filled(number), vectors = columns / LANES;
+    for (long u = 0; u < vectors; u += V) {
+        const float *from = b + u * LANES;
+        float *to = sums + u * LANES;
+        switch (smaller(V, vectors - u)) {
+        case 1: add_all_products<1>(a, from, columns, rows, w, to); break;
+        case 2: add_all_products<2>(a, from, columns, rows, w, to); break;
+        case 3: add_all_products < V<3 ? 1 : 3>(a, from, columns, rows, w, to); break;
+        case 4: add_all_products < V<4 ? 1 : 4>(a, from, columns, rows, w, to); break;
+        }
+    }
+}
+
+// sums[i] += sum over the pixels of the rows of a[i].
+static void line_sums(Lines a, long rows, long vectors, float *sums) {
+    for (long i = 0; i < a.number; i++) {
+        vec sum = {};
+        for (long r = 0; r < rows; r++)
+            for (long u = 0; u < vectors; u++) sum += load(a.at + i * a.line + r * a.row + u * LANES);
+        sums[i] += total(sum);
+    }
+}
+
+INLINE Lines lines_of(const float *map, const Map &size, long row) {
+    return {map + row * size.row(), size.row(), size.pitch, size.c};
+}
+
+// out = weights shift(x) + bias, through a ReLU or added to `residual`; `shifts` is 0 for x as it is. out has n lines.
+static void convolve(const float *x, float *out, const float *residual, bool shifts, bool relu, Map size, long n,
+                     const float *weights, const float *bias, float *scratch, long each, long threads) {
+    const Map to_size = size.with(n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long y = 0; y < size.rows(); y++) {
+        float *packed = scratch + omp_get_thread_num() * each;
+        for (long u = 0; u < size.vectors(); u += V) {
+            const long vectors = smaller(V, size.vectors() - u), at = y * to_size.row() + u * LANES;
+            const float *from = x + y * size.row() + u * LANES;
+            long stride = size.pitch;
+            if (shifts) {
+                pack_shifted<false>(rows_at(x, size, y), size.pitch, size.c, size.w, u, vectors, packed, PIXELS);
+                from = packed, stride = PIXELS;
+            }
+            if (residual) copy_lines(residual + at, size.pitch, out + at, size.pitch, n, vectors);
+            (residual ? product<ADD>
+             : relu   ? product<RELU>
+                      : product<WRITE>)(vectors, from, stride, weights, bias, size.c, n, out + at, size.pitch);
+        }
+    }
+}
+
+// Pack rows of a shifted map, or of a gradient on its way back, each (c, pitch).
+template <bool BACK>
+INLINE void pack_rows(const float *map, const Map &size, long first, long rows, float *to) {
+    for (long y = 0; y < rows; y++)
+        pack_shifted<BACK>(rows_at(map, size, first + y), size.pitch, size.c, size.w, 0, size.vectors(),
+                           to + y * size.row(), size.pitch);
+}
+
+// The second shift convolution of local features, backwards. grad: the gradient of its output, (c); hidden: its input,
+// (wide). Gives of_far, the gradient of its shifted input (wide), and of each thread [wide][c] and [c], of weights and
+// bias.
+static void features_back1(const float *grad, const float *hidden, float *of_far, Map size, long wide,
+                           const float *weights, float *of_weights, float *of_bias, float *scratch, long each,
+                           long threads) {
+    const Map wide_size = size.with(wide);
+    const long step = rows_at_a_time(size, wide);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < size.rows(); first += step) {
+        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
+        float *far = scratch + t * each, *columns = far + step * wide_size.row();
+        pack_rows<false>(hidden, wide_size, first, rows, far);
+        const Lines of_out = lines_of(grad, size, first);
+        transpose(of_out, rows, size.w, columns);
+        outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w,
+                      of_weights + t * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), of_bias + t * size.c);
+        for (long y = first; y < first + rows; y++)
+            for (long u = 0; u < size.vectors(); u += V)
+                product<WRITE>(smaller(V, size.vectors() - u), grad + y * size.row() + u * LANES, size.pitch, weights,
+                               nullptr, size.c, wide, of_far + y * wide_size.row() + u * LANES, size.pitch);
+    }
+}
+
+// The first one backwards, through the ReLU: gives of_near, the gradient of its shifted input (c), and of weights
+// [wide][c].
+static void features_back0(const float *x, const float *hidden, const float *of_far, float *of_near, Map size,
+                           long wide, const float *weights, float *of_weights, float *of_bias, float *scratch,
+                           long each, long threads) {
+    const Map wide_size = size.with(wide);
+    const long step = rows_at_a_time(size, wide);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < size.rows(); first += step) {
+        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
+        float *of_hidden = scratch + t * each, *near = of_hidden + step * wide_size.row();
+        float *columns = near + step * size.row();
+        pack_rows<true>(of_far, wide_size, first, rows, of_hidden);
+        const float *passed = hidden + first * wide_size.row();
+        for (long i = 0; i < rows * wide_size.row(); i += LANES)
+            store(of_hidden + i, load(passed + i) <= 0 ? vec{} : load(of_hidden + i));
+        pack_rows<false>(x, size, first, rows, near);
+        transpose(lines_of(near, size, 0), rows, size.w, columns);
+        const Lines of_out = lines_of(of_hidden, wide_size, 0);
+        outer_product(of_out, columns, size.c, rows, size.w, of_weights + t * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), of_bias + t * wide);
+        for (long y = 0; y < rows; y++)
+            for (long u = 0; u < size.vectors(); u += V)
+                product<WRITE>(smaller(V, size.vectors() - u), of_hidden + y * wide_size.row() + u * LANES, size.pitch,
+                               weights, nullptr, wide, size.c, of_near + (first + y) * size.row() + u * LANES,
+                               size.pitch);
+    }
+}
+
+// out = grad + the shifted map's gradient, shifted back.
+static void add_shifted_back(const float *grad, const float *of_near, float *out, Map size, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long y = 0; y < size.rows(); y++) {
+        float *to = out + y * size.row();
+        pack_rows<true>(of_near, size, y, 1, to);
+        for (long i = 0; i < size.row(); i += LANES) store(to + i, load(to + i) + load(grad + y * size.row() + i));
+    }
+}
+
+// z = weights x + bias, and sums over its pixels of its squares, of each thread [n].
+static void project_squares(const float *x, float *z, Map size, long n, const float *weights, const float *bias,
+                            float *sums, long threads) {
+    const Map z_size = size.with(n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long y = 0; y < size.rows(); y++) {
+        float *mine = sums + omp_get_thread_num() * n, *row = z + y * z_size.row();
+        for (long u = 0; u < size.vectors(); u += V)
+            product<WRITE>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, bias,
+                           size.c, n, row + u * LANES, size.pitch);
+        for (long i = 0; i < n; i++, row += size.pitch) {
+            vec sum = {};
+            for (long u = 0; u < size.vectors(); u++) sum += load(row + u * LANES) * load(row + u * LANES);
+            mine[i] += total(sum);
+        }
+    }
+}
+
+// Sums over pixels of grad[i] * z[i] and grad[i], of each thread [n]: gradients of what BatchNorm scales z by and adds.
+static void line_products(const float *grad, const float *z, Map size, float *sums, float *grad_sums, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long y = 0; y < size.rows(); y++) {
+        const long t = omp_get_thread_num();
+        for (long i = 0; i < size.c; i++) {
+            const float *a = grad + y * size.row() + i * size.pitch, *b = z + y * size.row() + i * size.pitch;
+            vec sum = {}, grad_sum = {};
+            for (long u = 0; u < size.vectors() * LANES; u += LANES) {
+                sum += load(a + u) * load(b + u);
+                grad_sum += load(a + u);
+            }
+            sums[t * size.c + i] += total(sum);
+            grad_sums[t * size.c + i] += total(grad_sum);
+        }
+    }
+}
+
+// Sums over pixels of grad[i] * y[j] and grad[i], of each thread [n][filled(c)] and [n]. grad has n lines, y c.
+static void products(const float *grad, const float *y, Map size, long n, float *sums, float *grad_sums, float *scratch,
+                     long each, long threads) {
+    const Map grad_size = size.with(n);
+    const long step = rows_at_a_time(size, n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < size.rows(); first += step) {
+        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
+        float *columns = scratch + t * each;
+        transpose(lines_of(y, size, first), rows, size.w, columns);
+        const Lines of_out = lines_of(grad, grad_size, first);
+        outer_product(of_out, columns, size.c, rows, size.w, sums + t * n * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), grad_sums + t * n);
+    }
+}
+
+// BatchNorm and the convolution before it backwards. grad: the gradient of the normalised map; z: what was normalised,
+// less its mean; both n lines, and scale * grad + through * z + bias is the gradient of z. Gives out, the gradient of x
+// added to `residual`, and of each thread [n][filled(c)], of weights.
+static void norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
+                      const float *x, const float *mean, const float *residual, float *out, Map size, long n,
+                      const float *weights, float *of_weights, float *scratch, long each, long threads) {
+    const Map z_size = size.with(n);
+    const long step = rows_at_a_time(size, n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < size.rows(); first += step) {
+        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
+        float *of_z = scratch + t * each, *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
+        for (long y = 0; y < rows; y++)
+            for (long i = 0; i < n; i++)
+                for (long u = 0; u < size.vectors(); u++) {
+                    const long at = y * z_size.row() + i * size.pitch + u * LANES, from = first * z_size.row() + at;
+                    store(of_z + at, load(grad + from) * scale[i] + (load(z + from) * through[i] + bias[i]));
+                }
+        for (long y = 0; y < rows; y++)  // x has a mean for which sums of products would lose digits
+            for (long k = 0; k < size.c; k++)
+                for (long u = 0; u < size.vectors(); u++) {
+                    const long at = y * size.row() + k * size.pitch + u * LANES;
+                    store(centred + at, load(x + first * size.row() + at) - mean[k]);
+                }
+        transpose(lines_of(centred, size, 0), rows, size.w, columns);
+        outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights + t * n * filled(size.c));
+        for (long y = 0; y < rows; y++)
+            for (long u = 0; u < size.vectors(); u += V) {
+                const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;
+                copy_lines(residual + at, size.pitch, out + at, size.pitch, size.c, vectors);
+                product<ADD>(vectors, of_z + y * z_size.row() + u * LANES, size.pitch, weights, nullptr, n, size.c,
+                             out + at, size.pitch);
+            }
+    }
+}
+
+// d lines of a map with n lines before BatchNorm, which scales them and adds `offset`.
+struct Normalised {
+    const float *map;
+    long n;
+    const float *scale, *offset;
+};
+
+INLINE void cut_normalised(Normalised of, const Windows &windows, long task, long d, float *tokens) {
+    const long room = windows.room();
+    cut(of.map, {windows.size.with(of.n), windows.edge, windows.shift}, task, d, tokens);
+    for (long k = 0; k < d; k++, tokens += room)
+        for (long i = 0; i < room; i += LANES) store(tokens + i, load(tokens + i) * of.scale[k] + of.offset[k]);
+}
+
+// Attend in one group of windows: as `attend`, with queries and values projected already. out: d lines; sums:
+// [task][room].
+static void attend_normalised(Normalised queries, Normalised values, float *out, float *sums, Windows windows, long d,
+                              float *scratch, long each, long threads) {
+    const long room = windows.room(), n = windows.tokens();
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long task = 0; task < windows.tasks(); task++) {
+        float *q = scratch + omp_get_thread_num() * each, *v = q + d * room, *result = v + d * room;
+        cut_normalised(queries, windows, task, d, q);
+        cut_normalised(values, windows, task, d, v);
+        for (long j = 0; j < windows.number(task) * n; j += n)
+            (n % (2 * LANES) ? attention<1> : attention<2>)(q + j, v + j, room, n, d, result + d * room, result + j,
+                                                            sums + task * room + j);
+        paste(result, windows, task, d, out);
+    }
+}
+
+// What the modules of a block that share their attention leave for the first one, which comes last: gradients of
+// results and values, [task][module * d][room], and sums over channels of gradient * result, [task][room].
+struct Shared {
+    float *grads, *values, *dots;
+    long modules;
+};
+
+// One window of n tokens backwards. Column j of the attention map is exp(q_i q_j - sums_i) for all i; lanes are j.
+// Queries are keys as well, so that the logits are symmetric: what row j gives to the gradient of query j needs no
+// other layout, only the exponentials with sums_j.
+//
+// grad, v: of this module, [d]; of_v is written. If of_q: grads, values of all modules [all] with their dots.
+template <int U>
+inline void attention_back(const float *q, const float *grad, const float *sums, const float *grads,
+                           const float *values, const float *dots, long room, long n, long d, long all, float *maps,
+                           float *of_q, float *of_v) {
+    vec one[U];
+    UNROLL for (int u = 0; u < U; u++) one[u] = vec{} + 1.f;
+    float *logits = maps + n * U * LANES;
+    for (long first = 0; first < n; first += U * LANES) {
+        inner_products<U>(q + first, q, room, n, d,
+                          [&](long i, int u, vec logit) { store(logits + (i * U + u) * LANES, logit); });
+        for (long i = 0; i < n; i++)
+            UNROLL for (int u = 0; u < U; u++)
+                store(maps + (i * U + u) * LANES, exponential(load(logits + (i * U + u) * LANES) - sums[i]));
+        weighted<U>(maps, grad, room, n, d, one, of_v + first);
+        if (!of_q) continue;
+        inner_products<U>(values + first, grads, room, n, all, [&](long i, int u, vec of_map) {
+            float *at = maps + (i * U + u) * LANES;
+            store(at, load(at) * (of_map - dots[i]));
+        });
+        for (long i = 0; i < n; i++) UNROLL for (int u = 0; u < U; u++) {
+                float *at = logits + (i * U + u) * LANES;
+                store(at, exponential(load(at) - load(sums + first + u * LANES)));
+            }
+        inner_products<U>(grads + first, values, room, n, all, [&](long i, int u, vec of_map) {
+            float *at = maps + (i * U + u) * LANES;
+            store(at, load(at) + load(logits + (i * U + u) * LANES) * (of_map - load(dots + first + u * LANES)));
+        });
+        weighted<U>(maps, q, room, n, d, one, of_q + first);
+    }
+}
+
+// `attend_normalised` backwards. grad: the gradient of the projection out of attention (c); out_weights: that
+// projection's for this group, as [d][c]; result: the module's attention (d lines); of_queries, of_values: d lines, the
+// former null for a module that shares.
+static void attend_back(Normalised queries, Normalised values, const float *grad, const float *result,
+                        const float *sums, float *of_queries, float *of_values, Shared shared, long module,
+                        Windows windows, long d, const float *out_weights, float *scratch, long each, long threads) {
+    const long c = windows.size.c, room = windows.room(), n = windows.tokens(), all = shared.modules * d;
+    const Windows target = {windows.size.with(values.n), windows.edge, windows.shift};
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long task = 0; task < windows.tasks(); task++) {
+        float *tokens = scratch + omp_get_thread_num() * each, *q = tokens + c * room;
+        float *of_q = of_queries ? q + d * room : nullptr, *of_v = q + 2 * d * room, *maps = q + 3 * d * room;
+        float *grads = shared.grads + task * all * room, *all_values = shared.values + task * all * room;
+        float *mine = grads + module * d * room, *dots = shared.dots + task * room;
+        cut_normalised(queries, windows, task, d, q);
+        cut_normalised(values, windows, task, d, all_values + module * d * room);
+        cut(grad, windows, task, c, tokens);
+        project(tokens, windows, task, out_weights, nullptr, c, d, mine);
+        cut(result, windows, task, d, tokens);
+        if (module == shared.modules - 1) memset(dots, 0, room * 4);
+        for (long k = 0; k < d; k++)
+            for (long i = 0; i < room; i += LANES)
+                store(dots + i, load(dots + i) + load(mine + k * room + i) * load(tokens + k * room + i));
+        for (long j = 0; j < windows.number(task) * n; j += n)
+            attention_back<1>(q + j, mine + j, sums + task * room + j, grads + j, all_values + j, dots + j, room, n, d,
+                              all, maps, of_q ? of_q + j : nullptr, of_v + j);
+        if (of_q) paste(of_q, target, task, d, of_queries);
+        paste(of_v, target, task, d, of_values);
+    }
+}
+
+}  // namespace NAMESPACE

@@ -1,0 +1,151 @@
+// ELAN's modules on a CPU in float32: what elan_native.py calls, compiled for AVX-512 and for AVX2.
+//
+// Maps are (image, row, channel, column): a row of the image is a block of lines, one per channel, each `pitch` numbers
+// long of which the first `w` are pixels. Vectors hold neighbouring pixels of a line, so a shift is another address, a
+// 1x1 convolution multiplies whole vectors by single weights, and windows are cut in runs of their width.
+//
+// Weights are packed as [block of R outputs][input][R], filled up with zeros, and biases filled up as well.
+#include <omp.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#define NAMESPACE avx512
+#define LANES 16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#include "tiles.h"
+#include "attention.h"
+#include "features.h"
+#include "gradients.h"
+#pragma GCC pop_options
+#undef NAMESPACE
+#undef LANES
+
+#define NAMESPACE avx2
+#define LANES 8
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include "tiles.h"
+#include "attention.h"
+#include "features.h"
+#include "gradients.h"
+#pragma GCC pop_options
+
+namespace {
+
+int width() {
+    static const int found = []() {
+        __builtin_cpu_init();
+        const char *asked = getenv("ELAN_KERNELS");
+        const bool narrow = asked && !strcmp(asked, "avx2");
+        const bool wide = !narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        return wide ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
+    }();
+    return found;
+}
+
+}  // namespace
+
+#define CHOOSE(name, ...) (width() == 16 ? avx512::name(__VA_ARGS__) : avx2::name(__VA_ARGS__))
+
+extern "C" {
+
+// Numbers in a vector: 16 with AVX-512, 8 with AVX2, 0 where neither is there and nothing else here may be called.
+long elan_lanes() { return width(); }
+
+// What these kernels were compiled from, as setup.py and elan_native.py sum it up.
+const char *elan_sources() { return SOURCES; }
+
+void elan_features(const float *x, float *out, long h, long w, long pitch, long c, long first, long last, long hidden,
+                   const float *weights0, const float *bias0, const float *weights1, const float *bias1, float *scratch,
+                   long room, long threads) {
+    CHOOSE(features, x, out, {1, h, w, pitch, c}, first, last, hidden, weights0, bias0, weights1, bias1, scratch, room,
+           threads);
+}
+
+void elan_attend(const float *x, float *out, long period, long top, float *queries, long shares, long h, long w,
+                 long pitch, long c, long edge, long shift, long first, long last, long d, const float *weights,
+                 const float *bias, float *scratch, long each, long threads) {
+    CHOOSE(attend, x, out, {h, period, top}, queries, shares, {{1, h, w, pitch, c}, edge, shift}, first, last, d,
+           weights, bias, scratch, each, threads);
+}
+
+void elan_add_product(const float *y, long period, long top, float *x, long h, long w, long pitch, long c, long first,
+                      long last, const float *weights, const float *bias, long threads) {
+    CHOOSE(add_product, y, {h, period, top}, x, {1, h, w, pitch, c}, first, last, weights, bias, threads);
+}
+
+void elan_convolve(const float *x, float *out, const float *residual, long shifts, long relu, long b, long h, long w,
+                   long c, long n, const float *weights, const float *bias, float *scratch, long each, long threads) {
+    CHOOSE(convolve, x, out, residual, shifts, relu, {b, h, w, w, c}, n, weights, bias, scratch, each, threads);
+}
+
+void elan_features_back1(const float *grad, const float *hidden, float *of_far, long b, long h, long w, long c,
+                         long wide, const float *weights, float *of_weights, float *of_bias, float *scratch, long each,
+                         long threads) {
+    CHOOSE(features_back1, grad, hidden, of_far, {b, h, w, w, c}, wide, weights, of_weights, of_bias, scratch, each,
+           threads);
+}
+
+void elan_features_back0(const float *x, const float *hidden, const float *of_far, float *of_near, long b, long h,
+                         long w, long c, long wide, const float *weights, float *of_weights, float *of_bias,
+                         float *scratch, long each, long threads) {
+    CHOOSE(features_back0, x, hidden, of_far, of_near, {b, h, w, w, c}, wide, weights, of_weights, of_bias, scratch,
+           each, threads);
+}
+
+void elan_add_shifted_back(const float *grad, const float *of_near, float *out, long b, long h, long w, long c,
+                           long threads) {
+    CHOOSE(add_shifted_back, grad, of_near, out, {b, h, w, w, c}, threads);
+}
+
+void elan_project_squares(const float *x, float *z, long b, long h, long w, long c, long n, const float *weights,
+                          const float *bias, float *sums, long threads) {
+    CHOOSE(project_squares, x, z, {b, h, w, w, c}, n, weights, bias, sums, threads);
+}
+
+void elan_line_products(const float *grad, const float *z, long b, long h, long w, long c, float *sums,
+                        float *grad_sums, long threads) {
+    CHOOSE(line_products, grad, z, {b, h, w, w, c}, sums, grad_sums, threads);
+}
+
+void elan_products(const float *grad, const float *y, long b, long h, long w, long c, long n, float *sums,
+                   float *grad_sums, float *scratch, long each, long threads) {
+    CHOOSE(products, grad, y, {b, h, w, w, c}, n, sums, grad_sums, scratch, each, threads);
+}
+
+void elan_norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
+                    const float *x, const float *mean, const float *residual, float *out, long b, long h, long w,
+                    long c, long n, const float *weights, float *of_weights, float *scratch, long each, long threads) {
+    CHOOSE(norm_back, grad, z, scale, through, bias, x, mean, residual, out, {b, h, w, w, c}, n, weights, of_weights,
+           scratch, each, threads);
+}
+
+void elan_attend_normalised(const float *queries, long queries_n, const float *queries_scale,
+                            const float *queries_offset, const float *values, long values_n, const float *values_scale,
+                            const float *values_offset, float *out, float *sums, long b, long h, long w, long c,
+                            long edge, long shift, long d, float *scratch, long each, long threads) {
+    CHOOSE(attend_normalised, {queries, queries_n, queries_scale, queries_offset},
+           {values, values_n, values_scale, values_offset}, out, sums, {{b, h, w, w, c}, edge, shift}, d, scratch, each,
+           threads);
+}
+
+void elan_attend_back(const float *queries, long queries_n, const float *queries_scale, const float *queries_offset,
+                      const float *values, long values_n, const float *values_scale, const float *values_offset,
+                      const float *grad, const float *result, const float *sums, float *of_queries, float *of_values,
+                      float *grads, float *all_values, float *dots, long modules, long module, long b, long h, long w,
+                      long c, long edge, long shift, long d, const float *out_weights, float *scratch, long each,
+                      long threads) {
+    CHOOSE(attend_back, {queries, queries_n, queries_scale, queries_offset},
+           {values, values_n, values_scale, values_offset}, grad, result, sums, of_queries, of_values,
+           {grads, all_values, dots, modules}, module, {{b, h, w, w, c}, edge, shift}, d, out_weights, scratch, each,
+           threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,144 @@
+// Vectors, and 1x1 convolutions of a few vectors of pixels. Included once for each instruction set.
+namespace NAMESPACE {
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+constexpr int R = 5;                    // outputs of a tile: 60, 120, 180 and 360 channels leave no rest
+constexpr int V = LANES == 16 ? 4 : 2;  // vectors of pixels of a tile; R * V sums stay in registers
+constexpr long PIXELS = V * LANES;
+
+INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+INLINE void store(float *p, vec v) { *(loose_vec *)p = v; }
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }  // b where one is not a number
+INLINE long smaller(long a, long b) { return a < b ? a : b; }
+
+// A map of images, and the memory of row y of image b.
+struct Map {
+    long b, h, w, pitch, c;
+    long rows() const { return b * h; }
+    long row() const { return c * pitch; }
+    long vectors() const { return (w + LANES - 1) / LANES; }
+    Map with(long channels) const { return {b, h, w, pitch, channels}; }
+};
+
+// e^x = 2^t to three units in the last place; 1.2e-38 from -87 down, NaN for NaN. The nearest integer to t becomes the
+// exponent; what is left, within half of one, goes through a polynomial of the least relative error that is 1 at 0.
+INLINE vec exponential(vec x) {
+    const float rounder = 12582912.f;  // adding 1.5 * 2^23 leaves the nearest integer in the last bits
+    const vec t = larger(vec{} - 126.f, x * 1.44269504088896341f);
+    const vec n = t + rounder;
+    const vec f = t - (n - rounder);
+    vec p = f * 1.320298221e-3f + 9.674951930e-3f;
+    p = p * f + 5.551047383e-2f;
+    p = p * f + 2.402216601e-1f;
+    p = p * f + 6.931465959e-1f;
+    p = p * f + 1.f;
+    return (vec)((ivec)p + ((ivec)n << 23));
+}
+
+// sums[i][u] += weights[k][i] * x[k][pixels of u] over k; the weights of an input are `step` apart.
+template <int N, int U>
+INLINE void accumulate(const float *x, long stride, const float *weights, long step, long inner, long k,
+                       vec (&sums)[N][U]) {
+    for (long j = 0; j < k; j++, x += stride, weights += step) {
+        vec xs[U];
+        UNROLL for (int u = 0; u < U; u++) xs[u] = load(x + u * LANES);
+        UNROLL for (int i = 0; i < N; i++) {
+            UNROLL for (int u = 0; u < U; u++) sums[i][u] += xs[u] * weights[i * inner];
+        }
+    }
+}
+
+enum Into { WRITE, RELU, ADD };
+
+// out = weights x + bias for U vectors of pixels: x is (k, ...), out (n, ...).
+template <int U, Into INTO>
+inline void tile(const float *x, long stride, const float *weights, const float *bias, long k, long n, float *out,
+                 long out_stride) {
+    for (long first = 0; first < n; first += R, weights += k * R) {
+        vec sums[R][U];
+        UNROLL for (int i = 0; i < R; i++) {
+            UNROLL for (int u = 0; u < U; u++) sums[i][u] = bias ? vec{} + bias[first + i] : vec{};
+        }
+        accumulate<R, U>(x, stride, weights, R, 1, k, sums);
+        UNROLL for (int i = 0; i < R; i++) {
+            if (first + i < n) {
+                UNROLL for (int u = 0; u < U; u++) {
+                    float *to = out + (first + i) * out_stride + u * LANES;
+                    vec y = sums[i][u];
+                    if (INTO == RELU) y = larger(vec{}, y);
+                    if (INTO == ADD) y += load(to);
+                    store(to, y);
+                }
+            }
+        }
+    }
+}
+
+// The same for 1 to V vectors.
+template <Into INTO>
+inline void product(long vectors, const float *x, long stride, const float *weights, const float *bias, long k, long n,
+                    float *out, long out_stride) {
+    switch (vectors) {
+    case 1: return tile<1, INTO>(x, stride, weights, bias, k, n, out, out_stride);
+    case 2: return tile<2, INTO>(x, stride, weights, bias, k, n, out, out_stride);
+    case 3: return tile<(V < 3 ? 1 : 3), INTO>(x, stride, weights, bias, k, n, out, out_stride);
+    case 4: return tile<(V < 4 ? 1 : 4), INTO>(x, stride, weights, bias, k, n, out, out_stride);
+    }
+}
+
+INLINE void copy_lines(const float *from, long stride, float *to, long to_stride, long lines, long vectors) {
+    for (long k = 0; k < lines; k++, from += stride, to += to_stride)
+        for (long u = 0; u < vectors; u++) store(to + u * LANES, load(from + u * LANES));
+}
+
+// Vector `u` of a line of w pixels, each pixel reading its neighbour `step` to the right, zero outside.
+INLINE vec beside(const float *line, long u, long w, int step) {
+    if (step < 0 && u == 0) {
+        ivec before;
+        UNROLL for (int i = 0; i < LANES; i++) before[i] = i ? i - 1 : LANES;
+        return __builtin_shuffle(load(line), vec{}, before);
+    }
+    vec v = load(line + u * LANES + step);
+    if (step > 0 && (u + 1) * LANES >= w) {
+        ivec place;
+        UNROLL for (int i = 0; i < LANES; i++) place[i] = i;
+        v = place < ivec{} + (int32_t)(w - 1 - u * LANES) ? v : vec{};
+    }
+    return v;
+}
+
+// A row of a map and its neighbours, null outside the image.
+struct Rows {
+    const float *above, *here, *below;
+};
+
+INLINE Rows rows_at(const float *map, const Map &size, long y) {
+    const float *here = map + y * size.row();
+    return {y % size.h ? here - size.row() : nullptr, here, y % size.h < size.h - 1 ? here + size.row() : nullptr};
+}
+
+// Vectors first.. of a row of the shifted map, packed into lines `stride` apart. The groups of channels read the pixel
+// to the right, to the left, below, above, and themselves; or, going back, those on the other side.
+template <bool BACK>
+INLINE void pack_shifted(Rows rows, long pitch, long c, long w, long first, long vectors, float *to, long stride) {
+    const long group = c / 5;
+    const float *from[] = {rows.here, rows.here, BACK ? rows.above : rows.below, BACK ? rows.below : rows.above,
+                           rows.here};
+    for (long g = 0; g < 5; g++) {
+        const float *line = from[g] ? from[g] + g * group * pitch : nullptr;
+        for (long k = g * group; k < (g == 4 ? c : (g + 1) * group); k++, to += stride) {
+            for (long u = 0; u < vectors; u++) {
+                vec v = {};
+                if (g < 2) v = beside(line, first + u, w, (g == 0) != BACK ? 1 : -1);
+                else if (line) v = load(line + (first + u) * LANES);
+                store(to + u * LANES, v);
+            }
+            if (line) line += pitch;
+        }
+    }
+}
+
+}  // namespace NAMESPACE

@@ -1,0 +1,252 @@
+"""The kernels compiled for a CPU compute what the modules compute, in float32, and so do their gradients."""
+import copy
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elan_basicsr.archs import elan_arch, elan_fast, elan_grad, elan_native, elan_native_grad
+from elan_basicsr.archs.elan_arch import ELAN
+
+compiled = pytest.mark.skipif(elan_native.library() is None, reason='no kernels were compiled for this processor')
+# float32 against float64: of the range of an image, and of the norm of a gradient.
+ROUNDING, GRADIENT_ROUNDING = 2e-6, 2e-5
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _network(**arguments) -> ELAN:
+    """A small network in float32 whose BatchNorms hold the statistics of what passes through them."""
+    torch.manual_seed(0)
+    net = ELAN(**{**dict(upscale=2, num_feat=30, num_block=4, num_share=1), **arguments}).double()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            torch.nn.init.uniform_(module.weight, .5, 1.5)
+            torch.nn.init.normal_(module.bias, std=.1)
+    with torch.no_grad():
+        net.train()(torch.rand(4, net.head.in_channels, 32, 32, dtype=torch.float64))
+    return net.eval().float()
+
+
+def _of_the_modules(net: ELAN, x: torch.Tensor, run):
+    """What `run(net, x)` gives in float64 by the modules alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for path in (elan_native, elan_fast, elan_native_grad, elan_grad):
+            patch.setattr(path, 'serves', lambda *_: False)
+        return run(copy.deepcopy(net).double(), x.double())
+
+
+def _evaluate(net: ELAN, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net(x)
+
+
+def _step(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients and statistics of a step on x, by name."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    y = net(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
+    return {'y': y.detach(), 'x': x.grad, **gradients, **{name: b.clone() for name, b in net.named_buffers()}}
+
+
+def _assert_near(ours: dict, exact: dict) -> None:
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        if not name.endswith('project_in.bias'):  # before BatchNorm a bias has no gradient but rounding
+            wanted = exact[name].double()
+            assert (value.double() - wanted).norm() <= GRADIENT_ROUNDING * max(wanted.norm(), 1e-3), name
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or platform.machine() != 'x86_64' or not shutil.which('g++')
+                    or os.environ.get('ELAN_KERNELS') == '0', reason='needs Linux on x86-64 and a C++ compiler')
+def test_they_are_installed_where_they_can_be():
+    flags = Path('/proc/cpuinfo').read_text().split()
+    lanes = 16 if 'avx512dq' in flags and os.environ.get('ELAN_KERNELS') != 'avx2' else 8 if 'avx2' in flags else None
+    library = elan_native.library()
+    assert (library.elan_lanes() if library else None) == lanes
+
+
+@compiled
+@pytest.mark.skipif('ELAN_KERNELS' in os.environ, reason='the kernels were chosen already')
+def test_those_for_avx2_hold_the_same_promises():
+    run = subprocess.run([sys.executable, '-m', 'pytest', __file__, '-k', 'not concurrent'], capture_output=True,
+                         text=True, env={**os.environ, 'ELAN_KERNELS': 'avx2'})
+    assert run.returncode == 0, run.stdout
+
+
+@compiled
+@settings(max_examples=25, deadline=None)
+@given(h=st.integers(1, 70), w=st.integers(1, 150), batch=st.integers(1, 2), num_share=st.sampled_from([0, 1, 3]),
+       windows=st.sampled_from([(4, 8, 16), (8, 12), (16,), (4, 20)]), width=st.integers(1, 4),
+       count=st.integers(1, 3), band=st.sampled_from([1, 2**20]))
+def test_an_image_is_what_the_modules_give(h, w, batch, num_share, windows, width, count, band):
+    feat = 10 * width * len(windows)  # odd numbers of channels for a group, and for a shift, among them
+    net = _network(num_feat=feat, num_share=num_share, window_sizes=windows)
+    x = torch.rand(batch, 3, h, w, generator=torch.Generator().manual_seed(h * w))
+    before, threads = x.clone(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elan_native, 'BAND_NUMBERS', band)
+        try:
+            torch.set_num_threads(count)
+            ours = _evaluate(net, x)
+        finally:
+            torch.set_num_threads(threads)
+    exact = _of_the_modules(net, x, _evaluate)
+    assert (ours - exact).abs().max() <= ROUNDING * (exact.max() - exact.min() + 1)
+    assert torch.equal(x, before)
+
+
+@compiled
+@pytest.mark.parametrize('autocast', [False, True])
+def test_evaluation_takes_them_under_autocast_too(monkeypatch, autocast):
+    net, x, calls, run_body = _network(), torch.rand(1, 3, 20, 30), [], elan_native.run_body
+    exact = _of_the_modules(net, x, _evaluate)
+    monkeypatch.setattr(elan_native, 'run_body', lambda *a: calls.append(1) or run_body(*a))
+    with torch.autocast('cpu', torch.bfloat16, autocast):
+        ours = _evaluate(net, x)
+    assert calls == [1] and ours.dtype == torch.float32
+    assert (ours - exact).abs().max() <= ROUNDING * (exact.max() - exact.min() + 1)
+
+
+@compiled
+def test_what_is_not_a_number_reaches_what_it_reaches_without_them():
+    net, x = _network(num_block=2), torch.rand(1, 3, 64, 64)
+    x[0, 1, 20, 33], x[0, 0, 50, 5] = float('nan'), float('inf')
+    ours, exact = _evaluate(net, x), _evaluate(copy.deepcopy(net).double(), x.double())
+    assert 0 < exact.isfinite().sum() < exact.numel()
+    assert torch.equal(ours.isfinite(), exact.isfinite())
+
+
+@compiled
+def test_changed_weights_are_seen_even_through_data():
+    net, x = _network(), torch.rand(1, 3, 20, 20)
+    before = _evaluate(net, x)
+    for parameter in net.body.parameters():
+        parameter.data.mul_(1.1)
+    net.body[0].gmsa[0].norm.running_var.data.mul_(2)
+    after, exact = _evaluate(net, x), _of_the_modules(net, x, _evaluate)
+    assert not torch.equal(before, after)
+    assert (after - exact).abs().max() <= ROUNDING * (exact.max() - exact.min() + 1)
+
+
+@compiled
+def test_concurrent_calls_do_not_disturb_each_other():
+    nets = [_network().eval(), _network(num_share=0).eval()]
+    images = [torch.rand(1, 3, 30 + i, 40) for i in range(8)]
+    expected = [_evaluate(nets[i % 2], image) for i, image in enumerate(images)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: _evaluate(nets[i % 2], images[i]), range(8)))
+    assert all(map(torch.equal, results, expected))
+
+
+@compiled
+def test_concurrent_steps_do_not_disturb_each_other():
+    images = [torch.rand(1, 3, 32, 32 + 16 * (i % 2)) for i in range(6)]
+    expected = [_step(_network().train(), image) for image in images]
+    with ThreadPoolExecutor(3) as pool:
+        nets = [_network().train() for _ in images]
+        for ours, wanted in zip(pool.map(_step, nets, images), expected, strict=True):
+            assert all(torch.equal(value, wanted[name]) for name, value in ours.items())
+
+
+@compiled
+@pytest.mark.parametrize('use_checkpoint', [False, True])
+@pytest.mark.parametrize('num_share, windows, feat', [(0, (4, 8, 16), 30), (1, (4, 8, 16), 60), (3, (8, 12), 20),
+                                                      (1, (16,), 15)])
+def test_gradients_and_statistics_are_what_the_modules_give(num_share, windows, feat, use_checkpoint):
+    net = _network(num_share=num_share, window_sizes=windows, num_feat=feat, use_checkpoint=use_checkpoint).train()
+    x = torch.rand(2, 3, 19, 48 if 12 in windows else 33)
+    exact = _of_the_modules(net, x, _step)
+    _assert_near(_step(net, x), exact)
+
+
+@compiled
+@pytest.mark.parametrize('inside', [False, True])
+def test_training_takes_them_under_autocast_too(monkeypatch, inside):
+    net, x, calls = _network().train(), torch.rand(1, 3, 32, 32), []
+    exact = _of_the_modules(net, x, _step)
+    run_block = elan_native_grad.run_block
+    monkeypatch.setattr(elan_native_grad, 'run_block', lambda *a: calls.append(1) or run_block(*a))
+    with torch.autocast('cpu', torch.bfloat16):
+        y = net(x)
+        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    assert calls == [1] * len(net.body)
+    _assert_near({name: p.grad for name, p in net.body.named_parameters()},
+                 {name.removeprefix('body.'): exact[name] for name, _ in net.named_parameters()
+                  if name.startswith('body.')})
+
+
+@compiled
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_a_step_repeats_bit_by_bit(threads, count):
+    threads(count)
+    x = torch.rand(2, 3, 32, 48)
+    first, second = (_step(_network().train(), x) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@compiled
+def test_a_backward_pass_that_ends_early_leaves_nothing_behind():
+    net, x = _network().train(), torch.rand(1, 3, 16, 32)
+    exact = _of_the_modules(net, x, _step)
+    y = net(x)
+    last = net.body[-1].gmsa[-1].project_in.weight  # the block's first module, which ends its attention, is not reached
+    torch.autograd.grad(y.sum(), last, retain_graph=True)
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    for _ in range(2):  # nor does one that does reach it
+        net.zero_grad()
+        (y * weights).sum().backward(retain_graph=True)
+        _assert_near({name: p.grad for name, p in net.named_parameters()},
+                     {name: exact[name] for name, _ in net.named_parameters()})
+
+
+@pytest.mark.parametrize('case', ['turned off', 'not there', 'not a library', 'older than its sources'])
+def test_without_them_the_network_is_slower_and_the_same(case, tmp_path, monkeypatch, recwarn):
+    net, x = _network(), torch.rand(1, 3, 20, 30)
+    expected = _evaluate(net, x)
+    monkeypatch.setattr(elan_native, '__file__', str(tmp_path / 'elan_native.py'))
+    library = tmp_path / ('_kernels' + EXTENSION_SUFFIXES[0])
+    if case == 'turned off':
+        monkeypatch.undo()
+        monkeypatch.setenv('ELAN_KERNELS', '0')
+    elif case == 'not a library':
+        library.write_bytes(b'not a library')
+    elif case == 'older than its sources':
+        own = next(iter(Path(elan_arch.__file__).parent.glob('_kernels*')), None)
+        if own is None:
+            pytest.skip('no kernels were compiled')
+        shutil.copy(own, library)
+        shutil.copytree(Path(elan_arch.__file__).parent / 'kernels', tmp_path / 'kernels')
+        (tmp_path / 'kernels' / 'tiles.h').write_text('// other\n')
+    elan_native.library.cache_clear()
+    try:
+        assert elan_native.library() is None
+        assert torch.allclose(_evaluate(net, x), expected, rtol=0, atol=1e-4)
+        assert _step(net.train(), x)['x'].isfinite().all()
+    finally:
+        monkeypatch.undo()
+        elan_native.library.cache_clear()
+    warned = any('install the package again' in str(warning.message) for warning in recwarn)
+    assert warned == (case == 'older than its sources')
