@@ -27,6 +27,7 @@ from elan_basicsr.engine.run import (
     build_validation_loaders,
     disk_errors_named,
     join_run,
+    keep_freed_memory,
     on_terminal,
     open_log,
     set_backends,
@@ -60,6 +61,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
           StopRequest(processes.distributed) as stop):
         join_run(opt, processes)
         set_backends(opt)
+        keep_freed_memory()
         resume_state = open_run(opt, opt_path)
         logger = open_log(opt, 'train')
         tb_logger = init_tb_loggers(opt)

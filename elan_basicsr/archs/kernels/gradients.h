@@ -85,8 +85,8 @@ static void outer_product(Lines a, const float *b, long number, long rows, long 
         switch (smaller(V, vectors - u)) {
         case 1: add_all_products<1>(a, from, columns, rows, w, to); break;
         case 2: add_all_products<2>(a, from, columns, rows, w, to); break;
-        case 3: add_all_products < V<3 ? 1 : 3>(a, from, columns, rows, w, to); break;
-        case 4: add_all_products < V<4 ? 1 : 4>(a, from, columns, rows, w, to); break;
+        case 3: add_all_products<(V < 3 ? 1 : 3)>(a, from, columns, rows, w, to); break;
+        case 4: add_all_products<(V < 4 ? 1 : 4)>(a, from, columns, rows, w, to); break;
         }
     }
 }
