@@ -128,7 +128,7 @@ class _Shared:
 
     def room(self, x: Tensor) -> tuple[Tensor, int, int]:
         c, tokens = x.shape[2], max(windows_together(w) * w**2 for w in self.window_sizes)
-        return _room(x, (c + 3 * c // len(self.window_sizes)) * tokens + max(self.window_sizes)**2 * 2 * LINE)
+        return _room(x, (c + 3 * c // len(self.window_sizes)) * tokens + max(self.window_sizes)**2 * 4 * LINE)
 
     def begin_back(self, x: Tensor) -> None:
         """Memory for the way back, which blocks hand on to each other: one that stopped half-way keeps its own."""

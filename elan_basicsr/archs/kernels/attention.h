@@ -109,7 +109,7 @@ INLINE void some_weighted(const float *p, const float *y, long room, long n, con
 
 template <int U>
 INLINE void weighted(const float *p, const float *y, long room, long n, long d, const vec (&factor)[U], float *out) {
-    constexpr int N = (LANES == 16 ? 20 : 10) / U;
+    constexpr int N = LANES == 16 ? 10 : 10 / U;  // more would need more addresses than there are registers
     long k = 0;
     for (; k + N <= d; k += N) some_weighted<N, U>(p, y + k * room, room, n, factor, out + k * room);
     for (; k + 2 <= d; k += 2) some_weighted<2, U>(p, y + k * room, room, n, factor, out + k * room);

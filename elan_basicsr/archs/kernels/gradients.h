@@ -386,8 +386,9 @@ static void attend_back(Normalised queries, Normalised values, const float *grad
             for (long i = 0; i < room; i += LANES)
                 store(dots + i, load(dots + i) + load(mine + k * room + i) * load(tokens + k * room + i));
         for (long j = 0; j < windows.number(task) * n; j += n)
-            attention_back<1>(q + j, mine + j, sums + task * room + j, grads + j, all_values + j, dots + j, room, n, d,
-                              all, maps, of_q ? of_q + j : nullptr, of_v + j);
+            (n % (2 * LANES) ? attention_back<1> : attention_back<2>)(q + j, mine + j, sums + task * room + j, grads + j,
+                                                                      all_values + j, dots + j, room, n, d, all, maps,
+                                                                      of_q ? of_q + j : nullptr, of_v + j);
         if (of_q) paste(of_q, target, task, d, of_queries);
         paste(of_v, target, task, d, of_values);
     }
