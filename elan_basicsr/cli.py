@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from elan_basicsr.version import __version__
 EXIT_RUN_LOST = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -470,10 +472,15 @@ def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda
     try:
         if not getattr(args, 'light', False):
             prepare()
-        return args.call(args)
+        code = args.call(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         sys.stderr.write(f'basicsr: error: {error}\n')
         return EXIT_RUN_LOST if isinstance(error, RunLost) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write('basicsr: interrupted\n')
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # such as of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail in its last flush
+        return EXIT_PIPE_CLOSED

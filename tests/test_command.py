@@ -35,6 +35,13 @@ def test_a_command_finds_the_package_whole():
     assert 'complete' in process.stdout and 'MISSING' not in process.stdout
 
 
+@pytest.mark.parametrize('command', ['doctor', 'options list'])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    process = subprocess.run(['bash', '-c', f'"$0" -m elan_basicsr {command} | head -n 1; echo "${{PIPESTATUS[0]}}"',
+                              sys.executable], cwd=ROOT, capture_output=True, text=True)
+    assert process.stderr == '' and process.stdout.splitlines()[1] in ('0', '141')
+
+
 @pytest.mark.parametrize('shell', ['bash', 'zsh'])
 def test_completion_knows_every_command(shell, capsys):
     pytest.importorskip('shtab')

@@ -7,6 +7,7 @@ from importlib import metadata
 import torch
 
 from elan_basicsr import compat
+from elan_basicsr.archs import elan_native
 
 from basicsr.utils import registry
 
@@ -29,6 +30,7 @@ def doctor() -> int:
         print(f'  {package:<16}{_version(package)}')
     print('\ndevices')
     print(f'  CPU             {torch.get_num_threads()} threads')
+    print(f'  CPU kernels     {_kernels()}')
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         print(f'  cuda:{index}          {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
@@ -45,6 +47,14 @@ def doctor() -> int:
         state = f'MISSING {", ".join(missing)}' if missing else 'complete'
         print(f'  {name:<18}{len(list(getattr(registry, name).keys())):>3} entries, {state}')
     return 1 if any(absent.values()) else 0
+
+
+def _kernels() -> str:
+    library = elan_native.library()
+    if library:
+        return {8: 'AVX2', 16: 'AVX-512'}[library.elan_lanes()]
+    return ('none, and ELAN takes more than twice as long: they need Linux, x86-64 with AVX2, and a C++ compiler when '
+            'the package is installed')
 
 
 def _version(package: str) -> str:
