@@ -1,8 +1,11 @@
 """`basicsr benchmark --table`: ELAN here against the authors' code and SwinIR, each as a ratio with a target."""
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from elan_basicsr.report.benchmark import (
     write_json,
 )
 from elan_basicsr.report.subjects import COLOURS, OFFICIAL, Subject
-from elan_basicsr.report.timing import inference_call, time_interleaved
+from elan_basicsr.report.timing import Timing, inference_call, time_interleaved
 
 SCALE = 4
 PATCH = 64
@@ -117,7 +120,6 @@ def benchmark_table(keys: Sequence[str], *, official: str | None, runs: int = 5,
     for target in chosen:
         _subjects(target, official)[1].build()
     threads = threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
     error = grey_level_error(trained[0], trained[1:], device) if trained else None
     results = []
     for target in chosen:
@@ -144,11 +146,21 @@ def _measure(target: Target, official: str | None, runs: int, device: str, threa
         ours, theirs = (memory_of(subject, target.work, shape, device, dtype, threads) for _, subject, dtype in pair)
         return Result(target.key, target.text, target.limit, ours, theirs, ours / theirs if ours and theirs else None,
                       None)
-    timings = time_interleaved({side: make_call(subject, target.work, shape, device, dtype)
-                                for side, subject, dtype in pair}, runs, device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        try:
+            timings = pool.submit(_time, pair, target.work, shape, runs, device, threads).result()
+        except BrokenProcessPool:
+            raise UserError(f'--table {target.key}: its process was killed; expected more memory') from None
     ratio, *spread = ratios(timings['ours'], timings['theirs'])
     return Result(target.key, target.text, target.limit, timings['ours'].median, timings['theirs'].median, ratio,
                   tuple(spread))
+
+
+def _time(pair, work: str, shape, runs: int, device: str, threads: int) -> dict[str, Timing]:
+    """In a process for each row: what earlier rows freed changes how the C library serves large tensors."""
+    torch.set_num_threads(threads)
+    return time_interleaved({side: make_call(subject, work, shape, device, dtype) for side, subject, dtype in pair},
+                            runs, device)
 
 
 def grey_level_error(checkpoint: str, images: Sequence[str], device: str = 'cpu') -> float:
