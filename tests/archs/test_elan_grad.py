@@ -6,6 +6,8 @@ from elan_basicsr.archs import elan_grad, elan_native_grad
 from elan_basicsr.archs.elan_arch import ELAN, cut_windows, paste_windows
 from elan_basicsr.archs.elan_grad_attention import Attend, SharedAttention
 
+from .steps import step, weights_like
+
 
 @pytest.fixture(scope='module', autouse=True)
 def without_kernels():
@@ -20,20 +22,10 @@ def _network(**arguments) -> ELAN:
     return ELAN(**{**dict(upscale=2, num_feat=30, num_block=6, num_share=1), **arguments}).double().train()
 
 
-def _step(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output, gradients and statistics of a step on x, by name."""
-    net.zero_grad()
-    x = x.clone().requires_grad_()
-    y = net(x)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
-    return {'y': y.detach(), 'x': x.grad, **gradients, **{name: b.clone() for name, b in net.named_buffers()}}
-
-
 def _of_the_modules(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elan_grad, 'serves', lambda *_: False)
-        return _step(net, x)
+        return step(net, x)
 
 
 def _assert_equal(one: dict, other: dict) -> None:
@@ -47,7 +39,7 @@ def _assert_equal(one: dict, other: dict) -> None:
 @pytest.mark.parametrize('num_share', [0, 1, 2])
 def test_values_gradients_and_statistics_are_those_of_the_modules(num_share, use_checkpoint):
     x = torch.rand(2, 3, 19, 33, dtype=torch.float64)
-    ours = _step(_network(num_share=num_share, use_checkpoint=use_checkpoint), x)
+    ours = step(_network(num_share=num_share, use_checkpoint=use_checkpoint), x)
     _assert_equal(ours, _of_the_modules(_network(num_share=num_share), x))
 
 
@@ -58,10 +50,9 @@ def test_a_backward_pass_that_ends_early_leaves_nothing_behind():
     y = net(x)
     last = net.body[-1].gmsa[-1].project_in.weight  # the block's first module, which ends its attention, is not reached
     torch.autograd.grad(y.sum(), last, retain_graph=True)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     for _ in range(2):  # nor does one that does reach it
         net.zero_grad()
-        (y * weights).sum().backward(retain_graph=True)
+        (y * weights_like(y)).sum().backward(retain_graph=True)
         for name, p in net.named_parameters():
             assert torch.allclose(p.grad, expected[name], rtol=1e-8, atol=1e-8), name
 
@@ -70,7 +61,7 @@ def test_less_is_saved_for_the_backward_pass():
     """Attention maps are not kept, nor the maps between a shift and its ReLU."""
     x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
     sizes = []
-    for step in (_step, _of_the_modules):
+    for take in (step, _of_the_modules):
         saved: dict[int, int] = {}
 
         def note(tensor, saved=saved):
@@ -78,7 +69,7 @@ def test_less_is_saved_for_the_backward_pass():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            step(_network(), x)
+            take(_network(), x)
         sizes.append(sum(saved.values()))
     assert sizes[0] < 0.8 * sizes[1]
 

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from elan_basicsr.archs import elan_arch, elan_fast, elan_grad, elan_native, elan_native_grad
 from elan_basicsr.archs.elan_arch import ELAN
 
+from .steps import step, weights_like
+
 compiled = pytest.mark.skipif(elan_native.library() is None, reason='no kernels were compiled for this processor')
 # float32 against float64: of the range of an image, and of the norm of a gradient.
 ROUNDING, GRADIENT_ROUNDING = 2e-6, 2e-5
@@ -55,16 +57,6 @@ def _of_the_modules(net: ELAN, x: torch.Tensor, run):
 def _evaluate(net: ELAN, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return net(x)
-
-
-def _step(net: ELAN, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output, gradients and statistics of a step on x, by name."""
-    net.zero_grad()
-    x = x.clone().requires_grad_()
-    y = net(x)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
-    return {'y': y.detach(), 'x': x.grad, **gradients, **{name: b.clone() for name, b in net.named_buffers()}}
 
 
 def _assert_near(ours: dict, exact: dict) -> None:
@@ -160,10 +152,10 @@ def test_concurrent_calls_do_not_disturb_each_other():
 @compiled
 def test_concurrent_steps_do_not_disturb_each_other():
     images = [torch.rand(1, 3, 32, 32 + 16 * (i % 2)) for i in range(6)]
-    expected = [_step(_network().train(), image) for image in images]
+    expected = [step(_network().train(), image) for image in images]
     with ThreadPoolExecutor(3) as pool:
         nets = [_network().train() for _ in images]
-        for ours, wanted in zip(pool.map(_step, nets, images), expected, strict=True):
+        for ours, wanted in zip(pool.map(step, nets, images), expected, strict=True):
             assert all(torch.equal(value, wanted[name]) for name, value in ours.items())
 
 
@@ -174,20 +166,20 @@ def test_concurrent_steps_do_not_disturb_each_other():
 def test_gradients_and_statistics_are_what_the_modules_give(num_share, windows, feat, use_checkpoint):
     net = _network(num_share=num_share, window_sizes=windows, num_feat=feat, use_checkpoint=use_checkpoint).train()
     x = torch.rand(2, 3, 19, 48 if 12 in windows else 33)
-    exact = _of_the_modules(net, x, _step)
-    _assert_near(_step(net, x), exact)
+    exact = _of_the_modules(net, x, step)
+    _assert_near(step(net, x), exact)
 
 
 @compiled
 @pytest.mark.parametrize('inside', [False, True])
 def test_training_takes_them_under_autocast_too(monkeypatch, inside):
     net, x, calls = _network().train(), torch.rand(1, 3, 32, 32), []
-    exact = _of_the_modules(net, x, _step)
+    exact = _of_the_modules(net, x, step)
     run_block = elan_native_grad.run_block
     monkeypatch.setattr(elan_native_grad, 'run_block', lambda *a: calls.append(1) or run_block(*a))
     with torch.autocast('cpu', torch.bfloat16):
         y = net(x)
-        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+        loss = (y * weights_like(y)).sum()
         if inside:
             loss.backward()
     if not inside:
@@ -203,21 +195,20 @@ def test_training_takes_them_under_autocast_too(monkeypatch, inside):
 def test_a_step_repeats_bit_by_bit(threads, count):
     threads(count)
     x = torch.rand(2, 3, 32, 48)
-    first, second = (_step(_network().train(), x) for _ in range(2))
+    first, second = (step(_network().train(), x) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @compiled
 def test_a_backward_pass_that_ends_early_leaves_nothing_behind():
     net, x = _network().train(), torch.rand(1, 3, 16, 32)
-    exact = _of_the_modules(net, x, _step)
+    exact = _of_the_modules(net, x, step)
     y = net(x)
     last = net.body[-1].gmsa[-1].project_in.weight  # the block's first module, which ends its attention, is not reached
     torch.autograd.grad(y.sum(), last, retain_graph=True)
-    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
     for _ in range(2):  # nor does one that does reach it
         net.zero_grad()
-        (y * weights).sum().backward(retain_graph=True)
+        (y * weights_like(y)).sum().backward(retain_graph=True)
         _assert_near({name: p.grad for name, p in net.named_parameters()},
                      {name: exact[name] for name, _ in net.named_parameters()})
 
@@ -244,7 +235,7 @@ def test_without_them_the_network_is_slower_and_the_same(case, tmp_path, monkeyp
     try:
         assert elan_native.library() is None
         assert torch.allclose(_evaluate(net, x), expected, rtol=0, atol=1e-4)
-        assert _step(net.train(), x)['x'].isfinite().all()
+        assert step(net.train(), x)['x'].isfinite().all()
     finally:
         monkeypatch.undo()
         elan_native.library.cache_clear()
