@@ -15,5 +15,7 @@ fi
 # torchrun passes these on, SIGUSR1 too, and gives the run two minutes to save instead of half a one.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+# A round of processes meets at a store of its own: in a shared one it may find the addresses of those that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 exec torchrun "${where[@]}" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-0}" \
     -m elan_basicsr "$command" -opt "$options" --launcher pytorch "$@"

@@ -7,6 +7,7 @@ from os import path as osp
 import torch
 
 from elan_basicsr.engine.option_checks import check_options
+from elan_basicsr.engine.option_keys import is_number
 from elan_basicsr.engine.option_reader import Source, apply_overrides, read_yaml
 
 DEBUG_FREQUENCY = 8
@@ -117,9 +118,9 @@ def _complete_logger(opt: dict) -> None:
 def _whole_numbers(opt: dict) -> None:
     """`!!float 5e3`, as BasicSR's files write counts of iterations, becomes 5000."""
     sections = [opt.get('train') or {}, opt.get('val') or {}, opt.get('logger') or {}, *opt['datasets'].values()]
-    for section in sections:
+    for section in filter(lambda section: isinstance(section, dict), sections):
         for key in ('total_iter', 'val_freq', 'save_checkpoint_freq', 'dataset_enlarge_ratio'):
-            if key in section:
+            if is_number(section.get(key)):  # anything may stand under a key of another section
                 section[key] = int(section[key])
 
 

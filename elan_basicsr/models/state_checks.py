@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from elan_basicsr.errors import UserError
 from elan_basicsr.plain_values import are_numbers, is_count, is_number, shown
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # those that torch computes with
+
 
 def check_training_state(model, state: dict, path: str | os.PathLike) -> None:
     """Raise UserError, with the key, unless the optimizers and schedulers in `state` are those of `model`.
@@ -75,7 +77,7 @@ def _check_parameter_state(values: dict, expected: dict, key: str, path) -> None
     for name, value in values.items():
         like = expected[name]
         if isinstance(value, Tensor) and isinstance(like, Tensor):
-            if value.shape != like.shape or not (value.is_floating_point() and torch.isfinite(value).all()):
+            if value.shape != like.shape or value.dtype not in FLOATS or not torch.isfinite(value).all():
                 raise _misfit(path, f'{key}.{name}', f'is of {tuple(value.shape)} or not finite, expected finite '
                                                      f'numbers of {tuple(like.shape)}')
         elif not (is_number(value) and (is_number(like) or (isinstance(like, Tensor) and like.numel() == 1))

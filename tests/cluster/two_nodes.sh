@@ -26,6 +26,7 @@ for i in 0 1; do
     ip -n "${hosts[i]}" link set wire0 up
 done
 export GLOO_SOCKET_IFNAME=wire0
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # as the README says for restarts
 
 "$PYTHON" "$root/tests/cluster/training.py" prepare "$work" "$iterations"
 mkdir "$work"/{calm,disturbed}

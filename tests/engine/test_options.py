@@ -152,6 +152,11 @@ def test_a_test_file_needs_no_train_and_no_logger(folder):
     assert opt['datasets']['test_1']['phase'] == 'test' and opt['val']['suffix'] is None
 
 
+@pytest.mark.parametrize('count', ['=5000', '~', '[1]'])
+def test_what_nobody_reads_may_be_anything(folder, count):
+    load_options(write(TRAIN.replace('logger:\n', f'logger:\n  total_iter: {count}\n', 1)), is_train=True)
+
+
 def test_a_run_can_lie_elsewhere(folder):
     for chosen, found in (('other', folder / 'other' / 'run'), ('~/runs', Path.home() / 'runs' / 'run')):
         opt = load_options(write(TRAIN), is_train=True, overrides=[f'path.experiments_root={chosen}'])

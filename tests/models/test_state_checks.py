@@ -68,6 +68,7 @@ GROUP = ('optimizers', 0, 'param_groups', 0)
 
 @pytest.mark.parametrize('path, value', [
     ((*PARAMETER, 'exp_avg'), torch.zeros(1)), ((*PARAMETER, 'exp_avg'), torch.full((4, 3, 3, 3), float('nan'))),
+    ((*PARAMETER, 'exp_avg'), torch.zeros(4, 3, 3, 3).to(torch.float8_e4m3fn)),
     ((*PARAMETER, 'exp_avg'), None), ((*PARAMETER, 'step'), 'x'), ((*PARAMETER, 'step'), 10**30 * 10**300),
     (PARAMETER, {'step': 1}), (PARAMETER, 5), (('optimizers', 0, 'state', 7), {}), ((*GROUP, 'lr'), float('nan')),
     ((*GROUP, 'lr'), '1'), ((*GROUP, 'betas'), (0.9,)), ((*GROUP, 'params'), [0]), ((*GROUP, 'amsgrad'), 'yes'),
