@@ -48,10 +48,19 @@ class PatchLoader:
             sampler=sampler, num_workers=workers, pin_memory=pin_memory and self._bytes is None,
             collate_fn=None if self._bytes is None else _as_it_is, prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=context if workers else None, worker_init_fn=_start_worker)
+        self._batches = None
 
     def __iter__(self) -> Iterator[dict]:
-        batches = iter(self._loader)
+        self._batches = batches = iter(self._loader)
         return batches if self._bytes is None else map(self._bytes.from_slot, batches)
+
+    def close(self) -> None:
+        """End the workers of the latest iteration.
+
+        An error holds on to it, and a program that ends terminates its workers, which wait for GRACE seconds then.
+        """
+        if self._batches is not None and self._loader.num_workers:
+            self._batches._shutdown_workers()
 
 
 @contextmanager

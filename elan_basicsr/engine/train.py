@@ -74,8 +74,11 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
             check_training_state(model, resume_state, opt['path']['resume_state'])
             model.resume_training(resume_state)
         run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
-        with dead_workers_named():
-            finished = run.loop(stop)
+        try:
+            with dead_workers_named():
+                finished = run.loop(stop)
+        finally:
+            run.loader.close()
         if tb_logger:
             tb_logger.close()
     return 0 if finished else EXIT_STOPPED
@@ -194,10 +197,11 @@ class Training:
     def _iterations(self) -> Iterator[None]:
         """Carry out one iteration after the other."""
         data_timer, iter_timer = AvgTimer(), AvgTimer()
-        batches = iter(self.loader)
         if self.data_opt.get('prefetch_mode') == 'cuda' and self.model.device.type == 'cuda':
             prefetcher = CUDAPrefetcher(self.loader, self.opt)
             batches = iter(prefetcher.next, None)
+        else:
+            batches = iter(self.loader)
         while self.iteration < self.total:
             data_timer.start()
             data = to_float(next(batches), self.model.device)

@@ -1,4 +1,6 @@
 """Trainings through the command line on a real LMDB: run, killed, resumed, tested."""
+import gc
+import multiprocessing
 import re
 import shutil
 import signal
@@ -228,7 +230,12 @@ def test_an_image_that_cannot_be_read_is_one_line(options, capfd, workers):
     broken.write_bytes(broken.read_bytes()[:60])
     train.update(type='PairedImageDataset', dataroot_gt='GT', dataroot_lq='LR', io_backend={'type': 'disk'},
                  num_worker_per_gpu=workers)
-    assert main(['train', '-opt', write(options)]) == 2
+    gc.disable()  # which would end the worker by chance
+    try:
+        assert main(['train', '-opt', write(options)]) == 2
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error')]
     assert len(error) == 1 and 'datasets.train (GT): image 1 cannot be read: ' in error[0], error
 
