@@ -53,7 +53,7 @@ def _kernels() -> str:
     library = elan_native.library()
     if library:
         return {8: 'AVX2', 16: 'AVX-512'}[library.elan_lanes()]
-    return ('none, and ELAN takes more than twice as long: they need Linux, x86-64 with AVX2, and a C++ compiler when '
+    return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2, and a C++ compiler when '
             'the package is installed')
 
 

@@ -61,7 +61,8 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
           StopRequest(processes.distributed) as stop):
         join_run(opt, processes)
         set_backends(opt)
-        keep_freed_memory()
+        if opt['num_gpu'] == 0:
+            keep_freed_memory()
         resume_state = open_run(opt, opt_path)
         logger = open_log(opt, 'train')
         tb_logger = init_tb_loggers(opt)
