@@ -1,18 +1,28 @@
 # make demo    an environment, a training of minutes on photographs that need no download, a table and pictures
 # make test    the whole test suite in that environment
+# make test-all    the same on every Python from 3.10 to 3.14 that this machine has, each in an environment of its own
 # make cluster-test    a training under SLURM and over two hosts, both made here for it; needs root and Debian
 # make lint    the linter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test cluster-test lint venv
+VERSIONS := 3.10 3.11 3.12 3.13 3.14
+
+.PHONY: demo test test-all cluster-test lint venv
 
 demo: venv
 	$(BIN)/python tools/demo.py
 
 test: venv
 	$(BIN)/python -m pytest
+
+test-all:
+	failed=; for version in $(VERSIONS); do \
+	    python$$version -c '' 2>/dev/null || { echo "python$$version: not on this machine"; continue; }; \
+	    if $(MAKE) --no-print-directory test PYTHON=python$$version VENV=$(VENV)-$$version; \
+	    then echo "python$$version: passed"; else echo "python$$version: FAILED"; failed=yes; fi; \
+	done; test -z "$$failed"
 
 cluster-test: venv
 	failed=; for test in slurm two_nodes; do \
@@ -24,11 +34,14 @@ lint: venv
 
 venv: $(VENV)/installed
 
-# basicsr 1.4.2 imports torch in its own setup: torch comes first, and basicsr is built without isolation.
+# Nothing is downloaded before check_machine.py has found what is missing. BasicSR comes first: pip would build it with a
+# PyTorch of its own, or not at all (bootstrap.py). `setup` is for machines where OpenCV does not load.
 $(VENV)/installed: setup.py $(wildcard elan_basicsr/archs/kernels/*)
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "Python 3.10 to 3.12 is needed, \
-	this is %d.%d; call make PYTHON=python3.11" % sys.version_info[:2])'
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON); type: $$(if command -v dnf >/dev/null; \
+	    then echo dnf install python3; else echo apt install python3 python3-venv; fi), or make PYTHON=…" >&2; exit 2; }
+	@$(PYTHON) tools/check_machine.py $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "setuptools<81" wheel torch torchvision
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[demo,test]'
+	$(BIN)/python elan_basicsr/bootstrap.py
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	$(BIN)/basicsr setup
 	touch $@

@@ -1,8 +1,4 @@
-"""Packaging of elan-basicsr.
-
-basicsr 1.4.2 imports torch in its own setup, so install torch first and this package without build isolation; the
-README's install section and `make venv` do exactly that.
-"""
+"""Packaging of elan-basicsr: `pip install .`, then `basicsr setup` for what pip alone does not get right."""
 import hashlib
 import os
 import platform
@@ -30,6 +26,7 @@ if (sys.platform, platform.machine()) == ('linux', 'x86_64') and os.environ.get(
     # By this sum elan_native.py tells kernels that were compiled from other sources than lie beside it.
     digest = hashlib.sha256(b''.join((HERE / name).read_bytes() for name in sources)).hexdigest()
     KERNELS = [Extension('elan_basicsr.archs._kernels', sources[:1], depends=headers, language='c++', optional=True,
+                         py_limited_api=True,  # it knows nothing of Python, so that one wheel serves every version
                          define_macros=[('SOURCES', f'"{digest}"')],
                          extra_compile_args=['-O3', '-std=c++17', '-fopenmp'], extra_link_args=['-fopenmp'])]
 
@@ -45,13 +42,18 @@ setup(
     package_dir=OPTIONS,
     package_data={'': ['*.yml', '*.jinja']},
     ext_modules=KERNELS,
+    options={'bdist_wheel': {'py_limited_api': 'cp310'}} if KERNELS else {},
     py_modules=['elan_basicsr_command'],
-    # The sdist of basicsr 1.4.2 cannot be built by Python 3.13: its setup reads a variable that exec() set in locals().
-    python_requires='>=3.10,<3.13',
+    python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',
         'torchvision>=0.21',
-        'basicsr==1.4.2',  # brings TensorBoard as tb-nightly; tensorboard beside it would overwrite its files
+        # Its setup fails from Python 3.13 on, where `basicsr setup` installs it without its requirements: they stand
+        # here too. tb-nightly is its TensorBoard; tensorboard beside it would overwrite its files.
+        'basicsr==1.4.2; python_version < "3.13"',
+        *('future', 'requests', 'scikit-image>=0.24', 'tb-nightly', 'tqdm', 'yapf'),
+        # basicsr imports distutils, which Python 3.12 dropped; TensorBoard and mmengine pkg_resources, dropped by 82.
+        'setuptools>=77,<82',
         'mmengine>=0.10.7',
         'lmdb>=1.4',
         'opencv-python>=4.8',
@@ -66,13 +68,11 @@ setup(
         'tifffile>=2023.7',  # 16-bit TIFF
     ],
     extras_require={
-        'demo': ['scikit-image>=0.24'],  # its bundled photographs are the demo's data
         'spandrel': SPANDREL,
         'onnx': ONNX,
         'report': REPORT,
         'completion': ['shtab>=1.7'],
-        'test': ['scikit-image>=0.24', 'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8',
-                 'shtab>=1.7',
+        'test': ['pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8', 'shtab>=1.7',
                  'build>=1.2', *SPANDREL, *ONNX, *REPORT, 'playwright>=1.45'],
     },
     entry_points={'console_scripts': ['basicsr=elan_basicsr_command:main', 'elan-basicsr=elan_basicsr_command:main']},
@@ -81,6 +81,8 @@ setup(
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Programming Language :: Python :: 3.14',
         'Topic :: Scientific/Engineering :: Image Processing',
     ],
 )

@@ -109,6 +109,17 @@ def _add_doctor(commands) -> None:
     parser.set_defaults(call=call)
 
 
+def _add_setup(commands) -> None:
+    parser = _command(commands, 'setup', 'install what pip cannot: BasicSR on Python 3.13, OpenCV without a desktop',
+                      'basicsr setup')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.bootstrap import setup
+        return setup()
+
+    parser.set_defaults(call=call, light=True)
+
+
 def _add_convert(commands) -> None:
     parser = _command(commands, 'convert', "convert a checkpoint of ELAN: BasicSR's form, the authors', safetensors",
                       'basicsr convert model_x4_500.pt ELAN_light_x4.safetensors')
@@ -449,7 +460,7 @@ def _named_value(text: str) -> tuple[str, float]:
 
 
 ADD_COMMANDS = (_add_train, _add_test, _add_upscale, _add_compare, _add_explain, _add_benchmark, _add_convert,
-                _add_export, _add_options, _add_data, _add_doctor, _add_completion)
+                _add_export, _add_options, _add_data, _add_doctor, _add_setup, _add_completion)
 
 
 def build_parser() -> argparse.ArgumentParser:

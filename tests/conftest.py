@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get('ELAN_SHARED', ROOT.parent / 'shared'))
 
 
+def with_checkout() -> str:
+    """PYTHONPATH of a process that is to import this checkout: before what the caller has there, not in its place."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -22,6 +22,7 @@ from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import damage, load_elan, load_into, read_state_dict, read_training_state
 from elan_basicsr.errors import UserError
 
+from .conftest import with_checkout
 from .fuzz import CODE, mutate, write_originals
 
 FILES = int(os.environ.get('ELAN_FUZZ_CHECKPOINTS', 150))
@@ -89,8 +90,7 @@ def in_process(code: str, limit: int = 8 << 30) -> str:
     """What `code` prints in a process of its own that may address `limit` bytes."""
     source = (f'import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n'
               f'from tests.test_safe_read import *\n{code}')
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': with_checkout(), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', source], env=environment, capture_output=True, text=True,
                           timeout=120 + FILES)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 from elan_basicsr import compat
 from elan_basicsr.archs import elan_native
+from elan_basicsr.bootstrap import OPENCV, version
 
 from basicsr.utils import registry
 
-PACKAGES = ('elan-basicsr', 'basicsr', 'torch', 'torchvision', 'numpy', 'scipy', 'opencv-python', 'mmengine', 'lmdb',
-            'safetensors', 'tb-nightly')
+# Of a row of names any serves; the first is named where none is installed.
+PACKAGES = (('elan-basicsr',), ('basicsr',), ('torch',), ('torchvision',), ('numpy',), ('scipy',), OPENCV,
+            ('mmengine',), ('lmdb',), ('safetensors',), ('tb-nightly', 'tensorboard'))
 EXPECTED = {
     'ARCH_REGISTRY': ('ELAN', 'EDSR', 'MSRResNet', 'RCAN', 'SwinIR', 'RRDBNet'),
     'MODEL_REGISTRY': ('ELANModel', 'RealELANNetModel', 'RealELANGANModel', 'SRModel', 'SRGANModel', 'SwinIRModel'),
@@ -26,16 +27,17 @@ def doctor() -> int:
     """Print versions, devices, repairs and registries; return 0 when every registry holds what it should, else 1."""
     print(f'Python {platform.python_version()} on {platform.system()} {platform.release()} ({platform.machine()})')
     print('\nversions')
-    for package in PACKAGES:
-        print(f'  {package:<16}{_version(package)}')
+    for names in PACKAGES:
+        for name in [name for name in names if version(name)] or names[:1]:
+            print(f'  {name:<24}{version(name) or "not installed"}')
     print('\ndevices')
-    print(f'  CPU             {torch.get_num_threads()} threads')
-    print(f'  CPU kernels     {_kernels()}')
+    print(f'  CPU                     {torch.get_num_threads()} threads')
+    print(f'  CPU kernels             {_kernels()}')
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        print(f'  cuda:{index}          {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
+        print(f'  cuda:{index}                  {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
     if not torch.cuda.is_available():
-        print('  no GPU          training and testing run on the CPU')
+        print('  no GPU                  training and testing run on the CPU')
     print('\nrepairs to basicsr')
     for repair in compat.REPAIRS:
         reason = ' '.join(repair.__doc__.split('\n\n')[0].split())
@@ -55,13 +57,6 @@ def _kernels() -> str:
         return {8: 'AVX2', 16: 'AVX-512'}[library.elan_lanes()]
     return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2, and a C++ compiler when '
             'the package is installed')
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return 'not installed'
 
 
 def _registered(entries: registry.Registry, name: str) -> bool:

@@ -40,7 +40,7 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
 fi
 PYTHON=$(command -v "$PYTHON") || cannot "there is no $PYTHON"
-export PYTHON PYTHONPATH="$root" OMP_NUM_THREADS=1
+export PYTHON PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 "$PYTHON" -c 'import elan_basicsr, skimage' 2> /dev/null || cannot "$PYTHON lacks elan-basicsr or scikit-image; \
 make venv, or PYTHON=…"
 work=$(mktemp -d)
