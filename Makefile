@@ -7,8 +7,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-VERSIONS := 3.10 3.11 3.12 3.13 3.14
-
 .PHONY: demo test test-all cluster-test lint venv
 
 demo: venv
@@ -18,11 +16,10 @@ test: venv
 	$(BIN)/python -m pytest
 
 test-all:
-	failed=; for version in $(VERSIONS); do \
-	    python$$version -c '' 2>/dev/null || { echo "python$$version: not on this machine"; continue; }; \
-	    if $(MAKE) --no-print-directory test PYTHON=python$$version VENV=$(VENV)-$$version; \
-	    then echo "python$$version: passed"; else echo "python$$version: FAILED"; failed=yes; fi; \
-	done; test -z "$$failed"
+	failed=; for python in $$(tools/pythons.sh); do \
+	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    $(MAKE) --no-print-directory test PYTHON=$$python VENV=$(VENV)-$$version || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed on Python$$failed"; exit 1; }
 
 cluster-test: venv
 	failed=; for test in slurm two_nodes; do \

@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -36,19 +35,16 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get('ELAN_KERNELS') == '0':
         return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name('_kernels' + suffix)
-        if path.is_file():
-            try:
-                found = ctypes.CDLL(str(path))
-            except OSError:  # such as one of another machine, in a folder that both see
-                return None
-            if not _are_of_these_sources(found):
-                warnings.warn(f'{path} is not compiled from the sources beside it and left aside, so that the network '
-                              'is slower; install the package again as its README says', stacklevel=2)
-                return None
-            return found if found.elan_lanes() else None
-    return None
+    path = Path(__file__).with_name('_kernels.abi3.so')
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError:  # there is none, or it is one of another machine, in a folder that both see
+        return None
+    if not _are_of_these_sources(found):
+        warnings.warn(f'{path} is not compiled from the sources beside it and left aside, so that the network is '
+                      'slower; install the package again as its README says', stacklevel=2)
+        return None
+    return found if found.elan_lanes() else None
 
 
 def _are_of_these_sources(kernels: ctypes.CDLL) -> bool:
