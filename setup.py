@@ -51,7 +51,7 @@ setup(
         # Its setup fails from Python 3.13 on, where `basicsr setup` installs it without its requirements: they stand
         # here too. tb-nightly is its TensorBoard; tensorboard beside it would overwrite its files.
         'basicsr==1.4.2; python_version < "3.13"',
-        *('future', 'requests', 'scikit-image>=0.24', 'tb-nightly', 'tqdm', 'yapf'),
+        'future>=1.0', 'requests>=2.31', 'scikit-image>=0.24', 'tb-nightly>=2.15.0a0', 'tqdm>=4.66', 'yapf>=0.40',
         # basicsr imports distutils, which Python 3.12 dropped; TensorBoard and mmengine pkg_resources, dropped by 82.
         'setuptools>=77,<82',
         'mmengine>=0.10.7',
