@@ -59,3 +59,4 @@ if __name__ == '__main__':
         sys.exit(f'make: {problem}')
     for note in notes(sys.argv[1]):
         print(f'make: {note}')
+    print('make: installing PyTorch and the rest, some 3 GB to download: minutes')
