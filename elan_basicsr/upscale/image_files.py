@@ -171,8 +171,8 @@ def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     converted = None
     if icc:
         with suppress(ImageCms.PyCMSError):  # a damaged profile: the plain conversion shows the picture still
-            converted = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)),
-                                                  ImageCms.createProfile('sRGB'), outputMode='RGB')
+            converted = ImageCms.profileToProfile(image, io.BytesIO(icc), ImageCms.createProfile('sRGB'),
+                                                  outputMode='RGB')
     return converted or image.convert('RGB')
 
 
