@@ -2,7 +2,7 @@
 # make test    the whole test suite in that environment
 # make test-all    the same on every Python from 3.10 to 3.14 that this machine has, each in an environment of its own
 # make cluster-test    a training under SLURM and over two hosts, both made here for it; needs root and Debian
-# make lint    the linter
+# make lint    the linter and the type checker
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,7 @@ cluster-test: venv
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 venv: $(VENV)/installed
 

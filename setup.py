@@ -72,8 +72,8 @@ setup(
         'onnx': ONNX,
         'report': REPORT,
         'completion': ['shtab>=1.7'],
-        'test': ['pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8', 'shtab>=1.7',
-                 'build>=1.2', *SPANDREL, *ONNX, *REPORT, 'playwright>=1.45'],
+        'test': ['pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8', 'mypy>=2.4',
+                 'shtab>=1.7', 'build>=1.2', *SPANDREL, *ONNX, *REPORT, 'playwright>=1.45'],
     },
     entry_points={'console_scripts': ['basicsr=elan_basicsr_command:main', 'elan-basicsr=elan_basicsr_command:main']},
     classifiers=[

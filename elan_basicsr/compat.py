@@ -25,9 +25,7 @@ def functional_tensor() -> bool:
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return False
     from torchvision.transforms import functional
-    alias = types.ModuleType(name, 'Stand-in for the module that torchvision 0.17 removed.')
-    alias.rgb_to_grayscale = functional.rgb_to_grayscale
-    sys.modules[name] = alias
+    sys.modules[name] = functional
     return True
 
 
@@ -40,9 +38,7 @@ def ndimage_filters() -> bool:
     if name in sys.modules:
         return False
     import scipy.ndimage
-    alias = types.ModuleType(name, 'Stand-in for the deprecated namespace.')
-    alias.convolve = scipy.ndimage.convolve
-    sys.modules[name] = alias
+    sys.modules[name] = scipy.ndimage
     return True
 
 
@@ -266,7 +262,7 @@ def image_errors() -> bool:
 
     for module in [value for name, value in sys.modules.items() if name.startswith('basicsr.')]:
         if getattr(module, 'imfrombytes', None) is upstream:
-            module.imfrombytes = imfrombytes
+            vars(module)['imfrombytes'] = imfrombytes
     return True
 
 
@@ -290,7 +286,7 @@ def safe_torch_load() -> bool:
 
     for name in ('train', 'models.base_model', 'archs.inception', 'archs.spynet_arch', 'archs.dfdnet_arch',
                  'archs.basicvsr_arch', 'archs.vgg_arch', 'archs.tof_arch'):
-        importlib.import_module(f'basicsr.{name}').torch = Torch('torch')
+        vars(importlib.import_module(f'basicsr.{name}'))['torch'] = Torch('torch')
     return True
 
 

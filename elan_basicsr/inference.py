@@ -35,11 +35,11 @@ def forward(net: nn.Module | Callable[[Tensor], Tensor], x: Tensor, *, scale: in
 
     if not self_ensemble:
         return tiled(x)
-    total = None
-    for turns in range(4):
-        for flipped in (False, True):
-            y = turn(tiled(turn(x, turns, flipped).contiguous()), turns, flipped, back=True)
-            total = y.clone() if total is None else total.add_(y)
+    results = (turn(tiled(turn(x, turns, flipped).contiguous()), turns, flipped, back=True)
+               for turns in range(4) for flipped in (False, True))
+    total = next(results).clone()
+    for y in results:
+        total += y
     return total / 8
 
 
@@ -60,6 +60,7 @@ def _forward_tiles(net, x: Tensor, scale: int, tile: int, overlap: int) -> Tenso
         if out is None:
             out = y.new_empty((*y.shape[:2], h * scale, w * scale))
         out[(..., *part.place(scale))] = y[(..., *part.inner(scale))]
+    assert out is not None  # an image has a tile
     return out
 
 
@@ -77,12 +78,15 @@ class Tile(NamedTuple):
 
     def place(self, scale: int) -> tuple[slice, slice]:
         """Where the tile lies in the image's output."""
-        return tuple(slice(start * scale, end * scale) for start, end in (self.rows, self.columns))
+        return _scaled(self.rows, 0, scale), _scaled(self.columns, 0, scale)
 
     def inner(self, scale: int) -> tuple[slice, slice]:
         """Where the tile lies in the network's output for what it sees."""
-        return tuple(slice((start - first) * scale, (end - first) * scale) for (start, end), (first, _) in
-                     ((self.rows, self.seen_rows), (self.columns, self.seen_columns)))
+        return _scaled(self.rows, self.seen_rows[0], scale), _scaled(self.columns, self.seen_columns[0], scale)
+
+
+def _scaled(span: tuple[int, int], first: int, scale: int) -> slice:
+    return slice((span[0] - first) * scale, (span[1] - first) * scale)
 
 
 def cut_tiles(h: int, w: int, tile: int, overlap: int) -> Iterator[Tile]:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import cv2
 
@@ -45,8 +46,9 @@ def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.P
             done.update(_lay_out(source, Path(root), scales, blur))
             continue
         with tempfile.TemporaryDirectory(dir=source.parent if source.parent.is_dir() else None) as unpacked:
+            safely: dict[str, Literal['data']] = {'filter': 'data'} if '.tar' in source.name else {}
             try:
-                shutil.unpack_archive(source, unpacked, **({'filter': 'data'} if '.tar' in source.name else {}))
+                shutil.unpack_archive(source, unpacked, **safely)
             except (OSError, ValueError, shutil.ReadError) as error:
                 raise UserError(f'{source}: is neither a folder nor a readable archive ({error})') from None
             done.update(_lay_out(Path(unpacked), Path(root), scales, blur))

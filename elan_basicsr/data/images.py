@@ -37,7 +37,7 @@ def find_images(folder: str | os.PathLike) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+def walk_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """All files below a folder, those behind links to folders once each.
 
     Raises:

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, unreadable_named
+from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, ToolboxDataset, unreadable_named
 from elan_basicsr.errors import RunLost
 
 PREFETCH = 3  # batches that a worker makes ahead
@@ -39,16 +41,17 @@ class PatchLoader:
         context: How workers start: `fork`, `spawn`, or the platform's way.
     """
 
-    def __init__(self, dataset: Dataset, sampler: StreamSampler, workers: int = 0, pin_memory: bool = False,
+    def __init__(self, dataset: ToolboxDataset, sampler: StreamSampler, workers: int = 0, pin_memory: bool = False,
                  context: str | None = None):
-        shapes = getattr(dataset, 'batch_shapes', None)
-        self._bytes = None if shapes is None else _ByteBatches(dataset, shapes, sampler.batch_size, workers)
+        self._bytes = None
+        if isinstance(dataset, PairedRawLmdbDataset) and (shapes := dataset.batch_shapes):
+            self._bytes = _ByteBatches(dataset, shapes, sampler.batch_size, workers)
         self._loader = DataLoader(
             SeededDataset(dataset) if self._bytes is None else self._bytes, batch_size=sampler.batch_size,
             sampler=sampler, num_workers=workers, pin_memory=pin_memory and self._bytes is None,
             collate_fn=None if self._bytes is None else _as_it_is, prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=context if workers else None, worker_init_fn=_start_worker)
-        self._batches = None
+        self._batches: Iterator | None = None
 
     def __iter__(self) -> Iterator[dict]:
         self._batches = batches = iter(self._loader)
@@ -59,7 +62,7 @@ class PatchLoader:
 
         An error holds on to it, and a program that ends terminates its workers, which wait for GRACE seconds then.
         """
-        if self._batches is not None and self._loader.num_workers:
+        if isinstance(self._batches, _MultiProcessingDataLoaderIter):
             self._batches._shutdown_workers()
 
 
@@ -94,14 +97,14 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def _as_it_is(batch: dict) -> dict:
+def _as_it_is(batch):
     return batch
 
 
 class _ByteBatches(Dataset):
     """Batches of (index, seed) pairs, written as bytes into slots of memory that all processes of the loader share."""
 
-    def __init__(self, dataset: Dataset, shapes: tuple, batch_size: int, workers: int):
+    def __init__(self, dataset: PairedRawLmdbDataset, shapes: tuple, batch_size: int, workers: int):
         self.dataset = dataset
         self.turn = 0
         slots = SLOTS * workers or 1

@@ -17,7 +17,7 @@ from elan_basicsr.errors import UserError
 
 _HEADER = struct.Struct('<4sIIHH')
 MAGIC = b'ERAW'
-_TYPES = {1: np.dtype(np.uint8), 2: np.dtype('<u2')}
+_TYPES: dict[int, np.dtype] = {1: np.dtype(np.uint8), 2: np.dtype('<u2')}
 META = 'meta_info.txt'
 
 
@@ -61,16 +61,17 @@ def open_readonly(path: str | Path) -> lmdb.Environment:
     path = os.path.realpath(path)
     file = os.stat(os.path.join(path, 'data.mdb'))
     identity = (os.getpid(), file.st_ino, file.st_mtime_ns)
-    known, environment = _open.get(path, (None, None))
-    if known != identity:
-        if environment is not None:  # inherited by a fork, or of a file that has been replaced
-            environment.close()
-        environment = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
-        needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-        if file.st_size < needed:  # reading beyond the end of a memory map kills the process
-            environment.close()
-            raise UserError(f'{path}: is cut off: {file.st_size} of {needed} bytes; build it again')
-        _open[path] = identity, environment
+    if path in _open:
+        known, environment = _open[path]
+        if known == identity:
+            return environment
+        environment.close()  # inherited by a fork, or of a file that has been replaced
+    environment = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+    needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+    if file.st_size < needed:  # reading beyond the end of a memory map kills the process
+        environment.close()
+        raise UserError(f'{path}: is cut off: {file.st_size} of {needed} bytes; build it again')
+    _open[path] = identity, environment
     return environment
 
 

@@ -10,10 +10,10 @@ import lmdb
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.functional import normalize
 
 from elan_basicsr.data.raw_lmdb import decode, open_readonly, read_keys
+from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.errors import UserError
 
 from basicsr.utils import bgr2ycbcr
@@ -21,7 +21,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 
 
 @DATASET_REGISTRY.register()
-class PairedRawLmdbDataset(Dataset):
+class PairedRawLmdbDataset(ToolboxDataset):
     """LQ and GT images from two raw LMDBs that `basicsr data` made; options and samples as in `PairedImageDataset`.
 
     Random numbers come from Python's `random`, in the order the toolbox draws them, so that with one seed both datasets
@@ -39,7 +39,9 @@ class PairedRawLmdbDataset(Dataset):
         self.opt = opt
         self.roots = {'lq': opt['dataroot_lq'], 'gt': opt['dataroot_gt']}
         self.keys = self._matching_keys()
-        self._transactions = self._views = self._process = None
+        self._transactions: dict[str, lmdb.Transaction] = {}
+        self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._process: int | None = None
 
     def _matching_keys(self) -> list[str]:
         keys = {}
@@ -59,7 +61,7 @@ class PairedRawLmdbDataset(Dataset):
 
     def __getstate__(self) -> dict:
         # An open LMDB does not travel to another process.
-        return {**self.__dict__, '_transactions': None, '_views': None, '_process': None}
+        return {**self.__dict__, '_transactions': {}, '_views': {}, '_process': None}
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq, gt = self._images(index)

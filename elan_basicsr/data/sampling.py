@@ -52,8 +52,16 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+class ToolboxDataset(Dataset[dict]):
+    """A dataset of the toolbox's, as annotations see it: upstream has no class for what all of them have."""
+    opt: dict
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 @contextmanager
-def unreadable_named(dataset: Dataset, index: int) -> Iterator[None]:
+def unreadable_named(dataset: ToolboxDataset, index: int) -> Iterator[None]:
     """Around the reading of sample `index`: what goes wrong becomes a UserError that names the dataset."""
     try:
         yield
@@ -62,10 +70,10 @@ def unreadable_named(dataset: Dataset, index: int) -> Iterator[None]:
                         '`basicsr data verify` lists what is wrong with the data') from error
 
 
-class SeededDataset(Dataset):
+class SeededDataset(ToolboxDataset):
     """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: ToolboxDataset):
         self.dataset = dataset
         self.opt = dataset.opt
 
@@ -102,7 +110,8 @@ class StreamSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         first = self.start + self.rank * self.batch_size
-        current_pass, order = -1, None
+        current_pass = first // self.size
+        order = self._order(current_pass)
         while True:
             for n in range(first, first + self.batch_size):
                 number, position = divmod(n, self.size)

@@ -104,7 +104,7 @@ def _read(reader) -> tuple[tuple[int, int, bytes] | None, str | None]:
         return None, str(error).split(': ', 1)[-1]
     except (ValueError, cv2.error, lmdb.Error) as error:
         return None, ' '.join(str(error).split())
-    digest = hashlib.blake2b(np.ascontiguousarray(img), digest_size=16)
+    digest = hashlib.blake2b(np.ascontiguousarray(img).data, digest_size=16)
     digest.update(str(img.shape).encode())
     return (*img.shape[:2], digest.digest()), None
 
@@ -157,7 +157,8 @@ def verify(paths=(), opt: dict | None = None) -> int:
         collection = verify_path(path)
         problems += collection.problems
         number += len(collection.images)
-    for phase, dataset in (opt or {}).get('datasets', {}).items():
+    opt = opt or {}
+    for phase, dataset in opt.get('datasets', {}).items():
         if not isinstance(dataset, dict):
             continue
         pair = {kind: verify_path(os.path.expanduser(dataset[f'dataroot_{kind}'])) for kind in ('gt', 'lq')

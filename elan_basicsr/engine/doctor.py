@@ -40,7 +40,7 @@ def doctor() -> int:
         print('  no GPU                  training and testing run on the CPU')
     print('\nrepairs to basicsr')
     for repair in compat.REPAIRS:
-        reason = ' '.join(repair.__doc__.split('\n\n')[0].split())
+        reason = ' '.join((repair.__doc__ or '').split('\n\n')[0].split())
         print(f'  {"applied" if compat.applied[repair.__name__] else "not needed":<12}{repair.__name__}: {reason}')
     print('\nregistries')
     absent = {name: [entry for entry in entries if not _registered(getattr(registry, name), entry)]

@@ -34,7 +34,7 @@ def _agree(choose) -> str | None:
     """What the first process chooses: on a network drive the others may not see the same files yet."""
     if not dist.is_initialized():
         return choose()
-    answer = [None, None]
+    answer: list[str | None] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = choose()

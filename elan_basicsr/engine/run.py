@@ -14,8 +14,9 @@ from os import path as osp
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.engine.launch import Processes
 from elan_basicsr.errors import UserError
 
@@ -100,7 +101,7 @@ def open_log(opt: dict, kind: str) -> logging.Logger:
     return logger
 
 
-def build_checked_dataset(opt: dict, phase: str) -> Dataset:
+def build_checked_dataset(opt: dict, phase: str) -> ToolboxDataset:
     """The dataset `datasets.PHASE` of the options, with something in it.
 
     Raises:
@@ -122,13 +123,13 @@ def build_checked_dataset(opt: dict, phase: str) -> Dataset:
     return dataset
 
 
-def build_validation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
-    """One loader per validation or test set, in the order of the option file; images come one at a time."""
-    loaders = []
+def build_validation_loaders(opt: dict, phases: tuple[str, ...]) -> dict[str, DataLoader]:
+    """One loader per validation or test set, by its key in the option file; images come one at a time."""
+    loaders = {}
     for phase in opt['datasets']:
         if phase.split('_')[0] in phases:
             dataset = build_checked_dataset(opt, phase)
-            loaders.append(DataLoader(dataset, batch_size=1))
+            loaders[phase] = DataLoader(dataset, batch_size=1)
             get_root_logger().info(f'{dataset.opt["name"]}: {len(dataset)} images')
     return loaders
 

@@ -35,7 +35,7 @@ def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = No
         logger = open_log(opt, 'test')
         loaders = build_validation_loaders(opt, ('test', 'val'))
         model = build_model(opt)
-        for loader in loaders:
-            logger.info(f'Testing {loader.dataset.opt["name"]}...')
+        for phase, loader in loaders.items():
+            logger.info(f'Testing {opt["datasets"][phase]["name"]}...')
             model.validation(loader, opt['name'], tb_logger=None, save_img=opt['val'].get('save_img', False))
     return 0

@@ -67,7 +67,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
         logger = open_log(opt, 'train')
         tb_logger = init_tb_loggers(opt)
         train_set = build_checked_dataset(opt, 'train')
-        validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else []
+        validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else {}
         seed_all(opt['manual_seed'])  # the same initial weights on every process
         model = build_model(opt)
         save_whole_files(model)
@@ -236,7 +236,7 @@ class Training:
     def validate(self) -> bool:
         """Measure on every validation set; tell whether no signal came in between."""
         try:
-            for loader in self.validation:
+            for loader in self.validation.values():
                 self.model.validation(loader, self.iteration, self.tb_logger, self.opt['val'].get('save_img', False))
         except Interrupted:
             return False

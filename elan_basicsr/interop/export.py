@@ -108,6 +108,7 @@ def _export(net: nn.Module, x: Tensor, opset: int | None, dynamic: bool):
                                         input_names=['input'], output_names=['output'], verbose=False)
         except Exception as error:
             raise UserError(f'torch.onnx could not export it: {" ".join(str(error).split())[:200]}') from error
+    assert program is not None  # it is with dynamo=True
     written = program.model.opset_imports['']
     if opset not in (None, written):  # the exporter keeps its own where it cannot convert, and only warns
         raise UserError(f'--opset {opset}: torch.onnx cannot write it; expected one from 18, such as {written}')

@@ -144,7 +144,7 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     if not isinstance(opt.get('network_g'), dict):
         raise source.error('network_g', 'is missing, expected the network: type: ELAN and its arguments')
     check_network(opt, 'network_g', source)
-    paths = opt.get('path') if isinstance(opt.get('path'), dict) else {}
+    paths = section if isinstance(section := opt.get('path'), dict) else {}
     weights = paths.get('pretrain_network_g')
     if not isinstance(weights, str):
         raise source.error('path.pretrain_network_g', 'is not set, expected the file of the trained weights')
@@ -161,9 +161,12 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     defaults = {key: value.default for key, value in inspect.signature(arch).parameters.items()}
     arguments = {**defaults, **arguments}
     scale = opt.get('scale') or arguments.get('upscale') or arguments.get('scale') or 1
-    channels = tuple(next((arguments[key] for key in keys if isinstance(arguments.get(key), int)), 3)
-                     for keys in (('num_in_ch', 'in_chans'), ('num_out_ch', 'num_in_ch', 'in_chans')))
-    window = arguments['window_size'] if isinstance(arguments.get('window_size'), int) else 1
+
+    def number(keys: tuple[str, ...], otherwise: int) -> int:
+        return next((arguments[key] for key in keys if isinstance(arguments.get(key), int)), otherwise)
+
+    channels = number(('num_in_ch', 'in_chans'), 3), number(('num_out_ch', 'num_in_ch', 'in_chans'), 3)
+    window = number(('window_size',), 1)
     return Network(_Padded(net, window, scale).to(device).eval(), scale, channels, window, window, name)
 
 

@@ -46,8 +46,7 @@ class OnnxNetwork(nn.Module):
         self.dtype = torch.float16 if self.input.type == 'tensor(float16)' else torch.float32
         self.fixed = tuple(size if isinstance(size, int) else None for size in self.input.shape[2:])
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        self.channels = tuple(side.shape[1] if isinstance(side.shape[1], int) else 3
-                              for side in (self.input, self.output))
+        self.channels = _channels(self.input), _channels(self.output)
         self.window = self._number('window') or 1
         self.name = self.metadata.get('architecture', 'ONNX')
         self.scale = self._number('scale') or self._measured_scale()
@@ -82,6 +81,10 @@ class OnnxNetwork(nn.Module):
             raise UserError(f'{self.path}: is made for images of {width}x{height}, not {w}x{h}; use tiles of that '
                             'size, or export with --dynamic')
         return self._run(extend(x, height, width))[..., :h * self.scale, :w * self.scale]
+
+
+def _channels(side) -> int:
+    return side.shape[1] if isinstance(side.shape[1], int) else 3
 
 
 def _runtime(path: Path):

@@ -93,7 +93,7 @@ class ELANModel(WholeFiles, SRModel):
             raise UserError(f'train.amp is {amp!r}; expected bf16, fp16 or false')
         if amp == 'fp16' and self.device.type != 'cuda':
             raise UserError('train.amp is fp16, which needs a GPU here; on a CPU use bf16')
-        self.amp_dtype = AMP_DTYPES.get(amp)
+        self.amp_dtype = AMP_DTYPES[amp] if amp else None
         clip = train_opt.get('grad_clip')
         options = dict(optimizer=optimizer, accumulative_counts=train_opt.get('accumulate', 1),
                        clip_grad=dict(max_norm=clip) if clip else None)
@@ -109,7 +109,7 @@ class ELANModel(WholeFiles, SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         parts = self.opt['train'].get('accumulate', 1)
-        losses = OrderedDict()
+        losses: OrderedDict[str, Tensor] = OrderedDict()
         for lq, gt in zip(self.lq.chunk(parts), self.gt.chunk(parts), strict=True):
             with self.optim_wrapper.optim_context(self.net_g):
                 with self._autocast():

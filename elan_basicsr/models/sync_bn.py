@@ -32,6 +32,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         """Move the running statistics, the variance without bias, as BatchNorm does."""
         if not self.track_running_stats:
             return
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
@@ -60,7 +61,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         y, scale, count = ctx.saved_tensors
         sums = torch.stack([grad.sum((0, 2, 3)), (grad * y).sum((0, 2, 3))])
         dist.all_reduce(sums)

@@ -15,10 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.data.images import read_bgr
 from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
-from elan_basicsr.report.compare import Contender, load_contenders
+from elan_basicsr.interop.networks import Network
+from elan_basicsr.report.compare import load_contenders
 from elan_basicsr.report.figures import attribution_figure
 from elan_basicsr.report.pairs import eight_bit
 
@@ -204,13 +206,14 @@ def explain(image: str | os.PathLike, weights: Sequence[str], *, out: str | os.P
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     rgb = eight_bit(read_bgr(image))[..., ::-1].astype(np.float32) / 255
     contenders = load_contenders(weights, device)
-    if any(contender.network is None for contender in contenders):
+    networks = {contender.name: contender.network for contender in contenders if contender.network is not None}
+    if len(networks) < len(contenders):
         raise UserError('explain: bicubic has no weights to explain; expected checkpoints or option files')
-    edge = max(2, DETECTED // max(contender.network.scale for contender in contenders))
+    edge = max(2, DETECTED // max(network.scale for network in networks.values()))
     box = _checked(patch, rgb, image) if patch else most_detailed(rgb, edge)
     rgb, box = _surroundings(rgb, box)
-    bar = tqdm(contenders, unit='network', disable=not on_terminal(), leave=False)
-    columns = [_column(contender, rgb, box, device) for contender in bar]
+    bar = tqdm(networks.items(), unit='network', disable=not on_terminal(), leave=False)
+    columns = [_column(name, network, rgb, box, device) for name, network in bar]
     attribution_figure(rgb, box, columns, out)
     _print(columns, out)
     return 0
@@ -247,11 +250,11 @@ def _surroundings(rgb: np.ndarray, box: Box) -> tuple[np.ndarray, Box]:
     return np.ascontiguousarray(part), (left - starts[1], top - starts[0], edge)
 
 
-def _column(contender: Contender, rgb: np.ndarray, box: Box, device: str) -> dict:
+def _column(name: str, network: Network, rgb: np.ndarray, box: Box, device: str) -> dict:
     """What the figure shows of one network."""
-    network, scale = contender.network, contender.network.scale
+    scale = network.scale
     network.net.requires_grad_(False)  # only the input's gradient is wanted
-    if hasattr(network.net, 'use_checkpoint') and rgb.shape[0] * rgb.shape[1] > CHUNK_PIXELS:
+    if isinstance(network.net, ELAN) and rgb.shape[0] * rgb.shape[1] > CHUNK_PIXELS:
         network.net.use_checkpoint = True  # a block's maps are made again rather than kept: a fraction of the memory
     x = torch.from_numpy(rgb.transpose(2, 0, 1)[None].copy()).to(device)
     attribution = local_attribution(network.net, x, box, scale)
@@ -259,7 +262,7 @@ def _column(contender: Contender, rgb: np.ndarray, box: Box, device: str) -> dic
     left, top, edge = (scale * value for value in box)
     with torch.no_grad():
         patch = network.net(x)[0, :, top:top + edge, left:left + edge]
-    return {'name': contender.name, 'patch': patch.permute(1, 2, 0).cpu().numpy(),
+    return {'name': name, 'patch': patch.permute(1, 2, 0).cpu().numpy(),
             'attribution': attribution.strength.cpu().numpy(), 'diffusion_index': diffusion_index(attribution),
             'receptive_field': field.cpu().numpy(), 'half': reach(field, 0.5), 'reach': reach(field, 0.95)}
 

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from elan_basicsr.report.timing import Timing, gemm_call, inference_call, time_i
 from elan_basicsr.version import __version__
 
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16}
-GEMM = 'gemm'
+GEMM = 'gemm', 'float32'
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def _measure_times(subjects, settings, kind: str, shape, device: str, threads: i
             for (name, dtype), timing in timings.items()]
 
 
-def make_call(subject: Subject, kind: str, shape: tuple[int, int, int, int], device: str, dtype: str):
+def make_call(subject: Subject, kind: str, shape: tuple[int, int, int, int], device: str,
+              dtype: str) -> Callable[[], object]:
     """What is timed: `kind` is `inference` or `training step`, on random images."""
     net = subject.build().to(device)
     x = torch.rand(shape, device=device) * subject.value_range

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,12 +29,13 @@ from elan_basicsr.data.images import read_bgr
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
+from elan_basicsr.interop.networks import Network, load_network, load_option_file
 from elan_basicsr.report import figures
 from elan_basicsr.report.complexity import count
 from elan_basicsr.report.html import Picture, show, write_html
 from elan_basicsr.report.measure import METRICS, all_differences, mean, measure, perceptual_metrics
 from elan_basicsr.report.pairs import Pair, read_pairs
-from elan_basicsr.report.training_log import read_run
+from elan_basicsr.report.training_log import Curves, read_run
 from elan_basicsr.version import __version__
 
 from basicsr.metrics import calculate_psnr
@@ -60,7 +61,7 @@ class Contender:
         network: What `load_network` returned, or None for bicubic.
     """
     name: str
-    network: object | None
+    network: Network | None
 
     def restore(self, lr: np.ndarray, scale: int, device: str, tile: int = 0) -> np.ndarray:
         """Enlarge an image, (H, W, 3) BGR uint8, as `basicsr test` does; bicubic is MATLAB's."""
@@ -127,8 +128,8 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
                         '-o, or give --overwrite')
 
 
-def _named_runs(logs: Sequence[str]) -> dict:
-    runs = {}
+def _named_runs(logs: Sequence[str]) -> dict[str, Curves]:
+    runs: dict[str, Curves] = {}
     for log in logs:
         path = Path(log)
         name = _free(path.resolve().name if path.is_dir() else path.stem, {_file_name(name).lower() for name in runs})
@@ -154,9 +155,8 @@ def load_contenders(files: Sequence[str], device: str) -> list[Contender]:
     return list(found.values())
 
 
-def open_network(file: str, device: str):
+def open_network(file: str, device: str) -> Network:
     """The network in a checkpoint or of an option file; see `elan_basicsr.interop.networks`."""
-    from elan_basicsr.interop.networks import load_network, load_option_file
     load = load_option_file if file.lower().endswith(('.yml', '.yaml')) else load_network
     network = load(file, device)
     if network.channels != (3, 3):
@@ -173,7 +173,7 @@ def _default_name(file: str) -> str:
     return path.stem
 
 
-def _free(name: str, taken: Container[str]) -> str:
+def _free(name: str, taken: Collection[str]) -> str:
     """The name, with a number when it is taken."""
     candidates = [name, *(f'{name}-{number}' for number in range(2, len(taken) + 3))]
     return next(candidate for candidate in candidates if _file_name(candidate).lower() not in taken)
@@ -291,13 +291,13 @@ def _peak_memory(net: torch.nn.Module, x: torch.Tensor) -> int | None:
         before = _resident('VmRSS')
         net(x)
         return max(_resident('VmHWM') - before, 0)
-    except (OSError, AttributeError):  # no Linux, or a C library without malloc_trim
+    except (OSError, AttributeError, IndexError):  # no Linux, a C library without malloc_trim, or no such figure
         return None
 
 
 def _resident(key: str) -> int:
     status = Path('/proc/self/status').read_text()
-    return int(re.search(rf'{key}:\s+(\d+) kB', status).group(1)) * 1024
+    return int(re.findall(rf'{key}:\s+(\d+) kB', status)[0]) * 1024
 
 
 def _means(rows: Sequence[dict]) -> list[dict]:

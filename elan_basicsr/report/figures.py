@@ -111,7 +111,7 @@ def _scale_axes(axes, x: str, y: str, points: Sequence[tuple[float, float]]) -> 
 
 def _place_labels(figure, axes, points: Sequence[tuple]) -> None:
     """Write each label beside its bubble, on the first side where it covers no other label and stays inside."""
-    taken = []
+    taken: list = []
     for at, radius, text in points:
         gap = radius + 3
         for offset, horizontal, vertical in (((0, gap), 'center', 'bottom'), ((0, -gap), 'center', 'top'),

@@ -69,6 +69,6 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         return {}
     except ImportError:
         layers = types.ModuleType('timm.models.layers')
-        layers.DropPath = layers.to_2tuple = layers.trunc_normal_ = None
+        vars(layers).update(DropPath=None, to_2tuple=None, trunc_normal_=None)
         return {'timm': types.ModuleType('timm'), 'timm.models': types.ModuleType('timm.models'),
                 'timm.models.layers': layers}

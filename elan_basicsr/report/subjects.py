@@ -20,7 +20,7 @@ from elan_basicsr.report.official import VALUE_RANGE, build_official
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
-PRESETS = {
+PRESETS: dict[str, tuple[str, dict]] = {
     'ELAN-light': ('ELAN', {'num_feat': 60, 'num_block': 24, 'num_share': 1}),
     'ELAN': ('ELAN', {'num_feat': 180, 'num_block': 36, 'num_share': 0}),
     'SwinIR-light': ('SwinIR', {'img_size': 64, 'window_size': 8, 'depths': [6] * 4, 'embed_dim': 60,

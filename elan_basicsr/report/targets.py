@@ -151,9 +151,9 @@ def _measure(target: Target, official: str | None, runs: int, device: str, threa
             timings = pool.submit(_time, pair, target.work, shape, runs, device, threads).result()
         except BrokenProcessPool:
             raise UserError(f'--table {target.key}: its process was killed; expected more memory') from None
-    ratio, *spread = ratios(timings['ours'], timings['theirs'])
+    ratio, low, high = ratios(timings['ours'], timings['theirs'])
     return Result(target.key, target.text, target.limit, timings['ours'].median, timings['theirs'].median, ratio,
-                  tuple(spread))
+                  (low, high))
 
 
 def _time(pair, work: str, shape, runs: int, device: str, threads: int) -> dict[str, Timing]:
@@ -185,18 +185,17 @@ def grey_level_error(checkpoint: str, images: Sequence[str], device: str = 'cpu'
         x = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].to(device).float() / 255
         exact, rough = (inference_call(net, x, dtype)() for dtype in (torch.float32, torch.bfloat16))
         errors.append((rough.float() - exact).abs().flatten().cpu() * 255)
-    errors = torch.cat(errors)
-    return errors.kthvalue(max(round(SHARE_OF_PIXELS * len(errors)), 1)).values.item()
+    every = torch.cat(errors)
+    return every.kthvalue(max(round(SHARE_OF_PIXELS * len(every)), 1)).values.item()
 
 
 def _print(results: Sequence[Result], setting: str) -> None:
     table = new_table(setting, ['x4', 'ratio', 'at most', 'single rounds', 'ours', 'theirs'], box=rich.box.MARKDOWN)
     for result in results:
-        show = _seconds if result.spread else _mebibytes
+        ours, theirs = (_show(value, in_seconds=result.spread is not None) for value in (result.ours, result.theirs))
         note = f' (off by {result.grey_levels:.2f} grey levels)' if result.grey_levels is not None else ''
         table.add_row(result.text + note, _ratio(result), f'{result.limit:.2f}',
-                      '{:.3f}–{:.3f}'.format(*result.spread) if result.spread else '', show(result.ours),
-                      show(result.theirs))
+                      '{:.3f}–{:.3f}'.format(*result.spread) if result.spread else '', ours, theirs)
     Console(highlight=False, width=200).print(table)
 
 
@@ -204,9 +203,7 @@ def _ratio(result: Result) -> str:
     return '–' if result.ratio is None else f'{result.ratio:.3f}'
 
 
-def _seconds(value: float) -> str:
-    return f'{value:.3g} s'
-
-
-def _mebibytes(value: int | None) -> str:
-    return 'out of memory' if value is None else f'{value / 2**20:,.0f} MiB'
+def _show(value: float | None, in_seconds: bool) -> str:
+    if value is None:
+        return 'out of memory'
+    return f'{value:.3g} s' if in_seconds else f'{value / 2**20:,.0f} MiB'

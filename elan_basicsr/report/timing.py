@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ WARM_UPS = {'cuda': 3}
 """Runs before the first that counts; one on other devices."""
 GEMM_EDGE = 2048
 LEARNING_RATE = 2e-4
+
+Key = TypeVar('Key', bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class Timing:
         return max(self.seconds)
 
 
-def time_interleaved(calls: Mapping[Hashable, Callable[[], object]], runs: int, device: str = 'cpu',
-                     ) -> dict[Hashable, Timing]:
+def time_interleaved(calls: Mapping[Key, Callable[[], object]], runs: int, device: str = 'cpu') -> dict[Key, Timing]:
     """Time calls beside each other: every round runs each once, every other round in reverse, so that drift cancels.
 
     Args:
@@ -52,7 +54,7 @@ def time_interleaved(calls: Mapping[Hashable, Callable[[], object]], runs: int, 
     for call in calls.values():
         for _ in range(WARM_UPS.get(torch.device(device).type, 1)):
             timed(call)
-    seconds = {key: [] for key in calls}
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for number in range(runs):
         for key in list(calls)[::-1 if number % 2 else 1]:
             seconds[key].append(timed(calls[key]))

@@ -10,14 +10,14 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from elan_basicsr.data.images import EXTENSIONS
 from elan_basicsr.errors import UserError
@@ -29,7 +29,7 @@ LARGEST_EDGE = {'JPEG': 65500, 'WEBP': 16383}  # of the formats' own
 WITHOUT_ALPHA = ('JPEG', 'BMP')
 WITH_16_BITS = ('PNG', 'TIFF')
 _JPEG = {'quality': 95, 'subsampling': 0}
-_SAVE = {'PNG': {'compress_level': 4}, 'JPEG': _JPEG, 'WEBP': {'quality': 95, 'exact': True},
+_SAVE: dict[str, dict] = {'PNG': {'compress_level': 4}, 'JPEG': _JPEG, 'WEBP': {'quality': 95, 'exact': True},
          'TIFF': {'compression': 'tiff_adobe_deflate'}, 'BMP': {}}
 _ORIENTATION, _EXIF_IFD, _GPS_IFD, _EXIF_WIDTH, _EXIF_HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
 # Description, make, model, orientation, software, date, artist, copyright.
@@ -79,23 +79,23 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
             _check_header(image, path, max_pixels)
             is_16_bit, exif = _is_16_bit(image), _exif(image)
             image.load()  # of a 16-bit file as well: OpenCV would fill up one that is cut off
-            meta = {'icc': image.info.get('icc_profile'), 'exif': exif, 'dpi': _dpi(image)}
+            icc, dpi = image.info.get('icc_profile'), _dpi(image)
             if image.format == 'TIFF':
                 exif.pop(_ORIENTATION, None)  # Pillow has turned the pixels, as OpenCV does
             if is_16_bit:
                 colour, alpha = _read_16_bit(path)
             else:
-                image, meta['icc'] = _to_plain_mode(image, meta['icc'])
-                pixels = np.asarray(image)
+                plain, icc = _to_plain_mode(image, icc)
+                pixels = np.asarray(plain)
                 pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-                count = len(image.getbands()) - image.mode.endswith('A')
-                colour, alpha = pixels[..., :count], pixels[..., count] if image.mode.endswith('A') else None
+                count = len(plain.getbands()) - plain.mode.endswith('A')
+                colour, alpha = pixels[..., :count], pixels[..., count] if plain.mode.endswith('A') else None
     except _BAD_FILE as error:
         if isinstance(error, FileNotFoundError):
             raise UserError(f'{path}: no such file') from None
         raise UserError(f'{path}: is no readable image, it may be cut off or damaged ({_one_line(error, path)})'
                         ) from None
-    return Picture(colour, alpha, **meta)
+    return Picture(colour, alpha, icc, exif, dpi)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def _unbounded() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
+def _check_header(image: ImageFile.ImageFile, path: Path, max_pixels: int) -> None:
     w, h = image.size
     if w * h > max_pixels:
         raise UserError(f'{path}: has {w}x{h} pixels, more than --max-pixels {max_pixels}; raise it if there is memory')
@@ -120,7 +120,7 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
         raise UserError(f'{path}: has 32-bit pixels, expected 8 or 16 bit; convert it first')
 
 
-def _is_16_bit(image: Image.Image) -> bool:
+def _is_16_bit(image: ImageFile.ImageFile) -> bool:
     """Of an image not yet loaded. Pillow opens 16-bit colour as 8-bit; the decoder's argument, RGB;16B, tells."""
     return any(';16' in str(tile[3]) for tile in image.tile)
 
@@ -140,8 +140,8 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    dpi = image.info.get('dpi')
-    return tuple(float(value) for value in dpi) if dpi and all(float(value) > 0 for value in dpi) else None
+    x, y = map(float, image.info.get('dpi') or (0, 0))
+    return (x, y) if x > 0 and y > 0 else None
 
 
 def _read_16_bit(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -168,13 +168,12 @@ def _to_plain_mode(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, 
 
 
 def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+    converted = None
     if icc:
-        try:
-            return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)),
-                                             ImageCms.createProfile('sRGB'), outputMode='RGB')
-        except ImageCms.PyCMSError:
-            pass  # a damaged profile: the plain conversion shows the picture still
-    return image.convert('RGB')
+        with suppress(ImageCms.PyCMSError):  # a damaged profile: the plain conversion shows the picture still
+            converted = ImageCms.profileToProfile(image, io.BytesIO(icc), ImageCms.createProfile('sRGB'),
+                                                  outputMode='RGB')
+    return converted or image.convert('RGB')
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

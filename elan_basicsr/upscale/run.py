@@ -137,7 +137,9 @@ class _Run:
             ahead, writing = reader.submit(self._read, jobs[0]), None
             for i, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
                 self.progress.update(self.task, description=job.source.name, files=f'{i + 1}/{len(jobs)}')
-                reading, ahead = ahead, reader.submit(self._read, jobs[i + 1]) if i + 1 < len(jobs) else None
+                reading = ahead
+                if i + 1 < len(jobs):
+                    ahead = reader.submit(self._read, jobs[i + 1])
                 try:
                     writing = self._one(job, reading, writer, writing)
                 except UserError as error:

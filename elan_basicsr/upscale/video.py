@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -84,10 +84,12 @@ def enlarge(source: Path, target: Path, enlarger: Enlarger, max_pixels: int, adv
                     result = _even(enlarger.pixels(frame, np.uint8, advance))
                     if encoder is None:
                         encoder = _encoder(source, temporary, result.shape[1], result.shape[0], found.rate, log)
+                    assert encoder.stdin is not None  # it is a pipe
                     encoder.stdin.write(result.data)
                     total += result.shape[0] * result.shape[1]
                 if encoder is None:
                     raise UserError(f'{source}: holds no frames')
+                assert encoder.stdin is not None
                 encoder.stdin.close()
                 if encoder.wait():
                     raise BrokenPipeError
@@ -109,6 +111,7 @@ def _frames(path: Path, rate: Fraction) -> Iterator[np.ndarray]:
             ['ffmpeg', '-v', 'error', '-nostdin', '-i', f'file:{path}', '-map', '0:v:0', '-r', str(rate), '-f',
              'image2pipe', '-c:v', 'ppm', '-pix_fmt', 'rgb24', '-'],
             stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL)
+        assert decoder.stdout is not None  # it is a pipe
         try:
             while (frame := _read_ppm(decoder.stdout)) is not None:
                 yield frame
@@ -120,7 +123,7 @@ def _frames(path: Path, rate: Fraction) -> Iterator[np.ndarray]:
             decoder.wait()
 
 
-def _read_ppm(stream: BinaryIO) -> np.ndarray | None:
+def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
     if stream.readline() != b'P6\n':
         return None
     width, height = map(int, stream.readline().split())
@@ -131,7 +134,7 @@ def _read_ppm(stream: BinaryIO) -> np.ndarray | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
-def _encoder(source: Path, target: Path, width: int, height: int, rate: Fraction, log: BinaryIO) -> subprocess.Popen:
+def _encoder(source: Path, target: Path, width: int, height: int, rate: Fraction, log: IO[bytes]) -> subprocess.Popen:
     return subprocess.Popen(
         ['ffmpeg', '-v', 'error', '-y', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}', '-r',
          str(rate), '-i', '-', '-i', f'file:{source}', '-map', '0:v', '-map', '1:a?', '-c:a', 'copy', '-map_metadata',
@@ -148,7 +151,7 @@ def _even(frame: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frame)
 
 
-def _said(log: BinaryIO) -> str:
+def _said(log: IO[bytes]) -> str:
     log.seek(0)
     return _last_line(log.read().decode(errors='replace'))
 

@@ -75,7 +75,7 @@ def test_ema_validates_as_well_as_the_network_where_srmodel_fails(make):
         for key in ('params_ema', 'params'):
             if key == 'params':
                 del model.net_g_ema
-            model.validation(loaders[0], iteration, None, False)
+            model.validation(loaders['val'], iteration, None, False)
             psnr[name, key] = model.metric_results['psnr']
     assert psnr['ours', 'params_ema'] > psnr['ours', 'params'] - 0.5
     assert psnr['stock', 'params_ema'] < psnr['stock', 'params'] - 0.5

@@ -119,6 +119,13 @@ def test_modes(run, photograph, mode):
     assert np.abs(np.asarray(found.convert('RGB')) - wanted).mean() < (8 if mode == 'CMYK' else 1)  # JPEG loses some
 
 
+def test_cmyk_with_a_profile_that_cannot_be_read_is_converted_without_it(run, photograph):
+    Image.fromarray(photograph).convert('CMYK').save('a.jpg', quality=100, icc_profile=b'no profile')
+    assert run('a.jpg', '-o', 'a.png')[0] == 0
+    found, wanted = np.asarray(Image.open('a.png')), expected(np.asarray(Image.open('a.jpg').convert('RGB')))
+    assert (found == wanted).all()
+
+
 def test_alpha_is_enlarged_by_the_network_as_a_grey_image(run, photograph):
     alpha = np.asarray(Image.linear_gradient('L').resize((30, 21)))
     image = Image.fromarray(photograph)
