@@ -205,7 +205,8 @@ class _Made:
 
     def __init__(self, kind: str, items=(), size: int = 0, item: int = 1):
         self.kind, self.items, self.size, self.item, self.depth, self.fetched = kind, [], size, item, 0, False
-        self.add(items)
+        if items:
+            self.add(items)
 
     def add(self, items) -> None:
         self.items += items
