@@ -27,7 +27,8 @@ from elan_basicsr.errors import UserError
 
 MAX_PICKLE = 1 << 24
 """Bytes of the pickle in a file; the weights are not in it. A training state of ELAN has 0.2 MB."""
-MAX_OPERATIONS = 500_000
+MAX_OPERATIONS = 300_000
+"""A tensor takes about 25: a training state of 4,000 tensors in the network."""
 MAX_COPIED = 1 << 26
 """Bytes that the calls in a pickle may copy, about."""
 MAX_DEPTH = 20
