@@ -280,9 +280,8 @@ def safe_torch_load() -> bool:
 
         @staticmethod
         def load(path, map_location=None, **options):
-            from elan_basicsr.safe_read import check_torch_file  # ours, when everything is there
-            check_torch_file(path)
-            return torch.load(path, map_location=map_location, weights_only=True)
+            from elan_basicsr.safe_read import read_torch  # ours, when everything is there
+            return read_torch(path, map_location)
 
     for name in ('train', 'models.base_model', 'archs.inception', 'archs.spynet_arch', 'archs.dfdnet_arch',
                  'archs.basicvsr_arch', 'archs.vgg_arch', 'archs.tof_arch'):

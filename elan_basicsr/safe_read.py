@@ -1,25 +1,23 @@
-"""Reading a stranger's checkpoint: what it claims is looked at before any memory is taken for it.
+"""Reading a stranger's checkpoint: torch reads it, once its pickle has been followed and nothing in it does harm.
 
-torch.load with `weights_only` runs no code, but takes what memory a file asks for: a few bytes can stand for a tensor
-of terabytes. Here the file's pickles are read with names that stand for nothing but the claims, and the claims are
-compared with the size of the file.
+torch.load with `weights_only` runs no code, but calls what a file asks it to as often as it asks: a few bytes stand for
+tensors of terabytes, copies of copies, tensors taken apart number by number, or keys so deep that the process crashes.
+So the operations are followed first, noting what each would make without making it.
 """
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
-import pickle
 import pickletools
+import re
 import stat
-import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import safetensors
 import torch
 from torch import nn
@@ -28,49 +26,52 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from elan_basicsr.errors import UserError
 
 MAX_PICKLE = 1 << 24
-"""Bytes of the pickles in a file; the weights are not in them. A training state of ELAN has 0.2 MB."""
-MAX_OPERATIONS = 2_000_000
-MAX_RECORDS = 100_000
-MAX_VALUES = 1_000_000
-"""Values in a file, one that is referred to twice counting twice: so grow the small files that unfold without end."""
+"""Bytes of the pickle in a file; the weights are not in it. A training state of ELAN has 0.2 MB."""
+MAX_OPERATIONS = 300_000
+"""A tensor takes about 25: a training state of 4,000 tensors in the network."""
+MAX_COPIED = 1 << 26
+"""Bytes that the calls in a pickle may copy, about."""
 MAX_DEPTH = 20
-MAX_INTEGER = 1 << 64
+MAX_NOTE = 1 << 16
 SHARING = 4
 """How many times its storages the tensors of a file may be: tied weights share, but not a whole network one number."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of five pickles in files of torch before 1.6
-# What torch.save writes, and torch's own weights_only reader takes; none of them calls anything but REDUCE.
-_OPERATIONS = frozenset((
-    'PROTO', 'STOP', 'MARK', 'GLOBAL', 'REDUCE', 'BUILD', 'BINPERSID', 'BINPUT', 'LONG_BINPUT', 'BINGET', 'LONG_BINGET',
-    'EMPTY_DICT', 'EMPTY_LIST', 'EMPTY_TUPLE', 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3', 'APPEND', 'APPENDS', 'SETITEM',
-    'SETITEMS', 'NONE', 'NEWTRUE', 'NEWFALSE', 'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE',
-    'SHORT_BINSTRING'))
-_ITEM_SIZES = {
-    'Double': 8, 'Float': 4, 'Half': 2, 'BFloat16': 2, 'Long': 8, 'Int': 4, 'Short': 2, 'Char': 1, 'Byte': 1, 'Bool': 1,
-    'ComplexDouble': 16, 'ComplexFloat': 8, 'Untyped': 1}
+_ITEM_SIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1,
+                   ComplexDouble=16, ComplexFloat=8)
+_STORAGES = {'torch.storage.UntypedStorage': 1, **{f'torch.{kind}Storage': n for kind, n in _ITEM_SIZES.items()}}
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_CALLS = {'collections.OrderedDict', 'collections.Counter', 'torch.Size', 'torch.device', '_codecs.encode',
+          'numpy.dtype', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar',
+          *(f'torch._utils._rebuild_{what}' for what in ('tensor', 'tensor_v2', 'tensor_v3', 'parameter'))}
+# Operations by what they do: add a value, empty or not, or take some from the stack; others are not torch.save's.
+_VALUES = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, **dict.fromkeys((
+    'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE', 'SHORT_BINSTRING'))}
+_EMPTY = {'EMPTY_TUPLE': 'tuple', 'EMPTY_LIST': 'list', 'EMPTY_DICT': 'dict'}
+_TAKEN = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'BUILD': 1, 'REDUCE': 1, 'BINPERSID': 1}
 
 
 class _Refused(Exception):
     """Why a file is not read, in one line without its name."""
 
 
-def read_torch(path: str | os.PathLike) -> dict:
-    """The dict in a file of torch.save, its tensors on the CPU.
+def read_torch(path: str | os.PathLike, map_location='cpu') -> dict:
+    """The dict in a file of torch.save, new or old: tensors, numbers, texts, and dicts, lists and tuples of them.
+
+    NumPy's numbers become Python's. The memory taken is a small multiple of the file, never of what it claims.
 
     Raises:
-        UserError: See `check_torch_file`; or the file holds no dict.
+        UserError: The file is missing, damaged, or holds anything else.
     """
-    check_torch_file(path)
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except MemoryError:
-        raise UserError(f'{path}: there is not the memory to read it') from None
-    except Exception as error:  # torch's readers raise a dozen types on damaged files
-        raise UserError(f'{path}: cannot be read as a checkpoint, it may be cut off or damaged ({_words(error)})'
-                        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: holds a {type(content).__name__}, expected a dict of tensors')
-    return content
+    check_regular(path)
+    with _refusing(path, 'a checkpoint'), open(path, 'rb') as file:
+        (_check_zip if file.read(4) == b'PK\x03\x04' else _check_legacy)(file)
+        file.seek(0)
+        with torch.serialization.safe_globals(_NUMPY):
+            content = torch.load(file, map_location=map_location, weights_only=True)
+        if not isinstance(content, dict):
+            raise _Refused(f'holds a {type(content).__name__}, expected a dict of tensors')
+        return content
 
 
 def read_safetensors(path: str | os.PathLike, note: str) -> dict:
@@ -80,35 +81,23 @@ def read_safetensors(path: str | os.PathLike, note: str) -> dict:
         UserError: The file is missing or damaged. The library compares the sizes in its header with the file.
     """
     check_regular(path)
-    try:
-        with safetensors.safe_open(path, 'pt') as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}
-            content[note] = json.loads((file.metadata() or {}).get(note, '{}'))
+    with _refusing(path, 'safetensors'), safetensors.safe_open(path, 'pt') as file:
+        content = {name: file.get_tensor(name) for name in file.keys()}
+        content[note] = json.loads((file.metadata() or {}).get(note, '{}')[:MAX_NOTE])
         return content
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, MemoryError
-            ) as error:
-        raise UserError(f'{path}: cannot be read as safetensors, it may be cut off or damaged ({_words(error)})'
-                        ) from None
 
 
-def check_torch_file(path: str | os.PathLike) -> None:
-    """Raise UserError unless a file is one of torch.save, new or old, that holds what it claims and tensors only.
+@contextlib.contextmanager
+def opened_records(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
+    """A file of torch.save, whose records lie in it uncompressed, so that reading them all is bounded.
 
-    It holds tensors, numbers, texts, and dicts, lists and tuples of them. The memory taken is a small multiple of the
-    pickles, never of what tensors claim.
+    Raises:
+        UserError: It is something else, or reading the records fails.
     """
-    try:
-        check_regular(path)
-        with open(path, 'rb') as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(4) == b'PK\x03\x04':
-                _check_zip(file, size)
-            else:
-                _check_legacy(file, size)
-    except _Refused as refused:
-        raise UserError(f'{path}: {refused}') from None
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror or error})') from None
+    check_regular(path)
+    with _refusing(path, 'a checkpoint'), zipfile.ZipFile(path) as archive:
+        _check_records(archive)
+        yield archive
 
 
 def check_regular(path: str | os.PathLike) -> None:
@@ -122,261 +111,238 @@ def check_regular(path: str | os.PathLike) -> None:
         raise UserError(f'{path}: {what}, expected a checkpoint file')
 
 
-def check_records(path: str | os.PathLike) -> None:
-    """Raise UserError unless the records of a zip file lie in it uncompressed, so that reading them all is bounded."""
-    check_regular(path)
+@contextlib.contextmanager
+def _refusing(path: str | os.PathLike, what: str) -> Iterator[None]:
     try:
-        with open(path, 'rb') as file, _opened(file) as archive:
-            _check_layout(archive, os.fstat(file.fileno()).st_size)
+        yield
     except _Refused as refused:
         raise UserError(f'{path}: {refused}') from None
+    except MemoryError:
+        raise UserError(f'{path}: there is not the memory to read it') from None
+    except Exception as error:  # the libraries raise a dozen types on damaged files
+        words = ''.join(c for c in ' '.join(str(error).split()) if c.isprintable())[:120] or type(error).__name__
+        raise UserError(f'{path}: cannot be read as {what}, it may be cut off or damaged ({words})') from None
 
 
 # ------------------------------------------------------------------------------------------------ the two containers
 
-@contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            yield archive
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error, OverflowError,
-            IndexError, KeyError) as error:
-        raise _Refused(f'cut off or damaged ({_words(error)})') from None
-
-
-def _check_layout(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The records by name, which must be as torch.save lays them out."""
-    records = archive.infolist()
+def _check_records(archive: zipfile.ZipFile) -> dict[str, int]:
+    """The sizes of the records by name. They must lie in the file as torch.save lays them out."""
+    file, records = archive.fp, archive.infolist()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(-min(size, 98), os.SEEK_END)
+    end = file.read().rjust(98, b'\0')
+    wide = end[56:60] == b'PK\x06\x07'  # for files of more than 4 GB, and written by torch for all
+    start, at = (int.from_bytes(number, 'little') for number in (end[48:56] if wide else end[92:96], end[64:72]))
+    # Python finds the table of records from the end of the file, torch by `start`: it must not be two tables.
+    if start != archive.start_dir or end[76:80] + end[96:] != b'PK\x05\x06\0\0' or \
+            wide and (end[:4] != b'PK\x06\x06' or at != size - 98):
+        raise _Refused('does not end as torch.save ends a file; it may be damaged')
     if any(record.filename.partition('/')[2] == 'constants.pkl' for record in records):
         raise _Refused('is TorchScript, which is a program and not weights alone, so it is refused; save its state '
                        'dict with torch.save')
-    if len(records) > MAX_RECORDS:
-        raise _Refused(f'holds {len(records)} records, expected up to {MAX_RECORDS}')
-    if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
-           or record.flag_bits & 1 for record in records):
+    if any(record.compress_type or record.compress_size != record.file_size or record.flag_bits & 1
+           for record in records):
         raise _Refused('holds compressed or encrypted records, which torch.save does not write')
-    if sum(record.file_size for record in records) > size or any(
-            record.header_offset + record.file_size > size for record in records):
+    if sum(record.file_size for record in records) > size:
         raise _Refused(f'claims more bytes than the {size} it has; it may be cut off or damaged')
-    named = {record.filename: record for record in records}
-    if len({name.lower() for name in named}) < len(records):  # torch may find the other one
-        raise _Refused('holds two records of one name')
-    if len({name.partition('/')[0] for name in named}) != 1:
-        raise _Refused('is a zip file but no PyTorch checkpoint: its records lie in several folders')
-    return named
+    sizes = {record.filename: record.file_size for record in records}
+    if len({name.lower() for name in sizes}) < len(records) or len({name.partition('/')[0] for name in sizes}) != 1:
+        raise _Refused('holds two records of one name, or in several folders')  # torch may find another than we did
+    return sizes
 
 
-def _check_zip(file: BinaryIO, size: int) -> None:
-    with _opened(file) as archive:
-        records = _check_layout(archive, size)
-        root = next((name for name in records if name.partition('/')[2] == 'data.pkl'), None)
-        if root is None:
-            raise _Refused('is a zip file but no PyTorch checkpoint: it holds no data.pkl')
-        if records[root].file_size > MAX_PICKLE:
-            raise _Refused(f'describes its tensors in {records[root].file_size} bytes, expected up to {MAX_PICKLE}')
-        claims = _Claims(archive.read(root))
-    folder = root.removesuffix('data.pkl')
-    for key, claimed in claims.storages.items():
-        record = records.get(f'{folder}data/{key}')
-        if record is None or record.file_size != claimed:
-            held = 'nothing' if record is None else f'{record.file_size} bytes'
+def _check_zip(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        records = _check_records(archive)
+        folder = next(iter(records), '').partition('/')[0]
+        storages = _follow(archive.open(f'{folder}/data.pkl').read(MAX_PICKLE)).storages
+    for key, claimed in storages.items():
+        held = records.get(f'{folder}/data/{key}', 0)
+        if held != claimed:
             raise _Refused(f'claims {claimed} bytes for a storage and holds {held}; it may be damaged')
-    claims.check()
 
 
-def _check_legacy(file: BinaryIO, size: int) -> None:
+def _check_legacy(file: BinaryIO) -> None:
     """Five pickles (a magic number, the protocol, the machine, the content, the storages' keys) and the storages."""
+    size, position, parts = file.seek(0, os.SEEK_END), 0, []
     file.seek(0)
     raw = file.read(MAX_PICKLE)
-    first = _Claims(raw)
-    if first.content != _MAGIC:
-        raise _Refused('is no PyTorch checkpoint')
-    position = first.length
-    parts = []
-    for _ in range(4):
-        parts.append(_Claims(raw[position:]))
+    while len(parts) < 5:
+        parts.append(_follow(raw[position:]))
         position += parts[-1].length
-    content, keys = parts[2], parts[3].content
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or \
-            sorted(keys) != sorted(content.storages) or any(part.storages for part in (parts[0], parts[1], parts[3])):
+        if parts[0].content != _MAGIC:
+            raise _Refused('is no PyTorch checkpoint')
+    storages, keys = parts[3].storages, parts[4].content.items
+    if {*keys} != {*storages} or len(keys) != len(storages):
         raise _Refused('does not hold the storages it claims; it may be damaged')
-    if sum(content.storages.values()) + 8 * len(keys) > size - position:
+    if sum(storages.values()) + 8 * len(keys) > size - position:
         raise _Refused(f'claims more bytes than the {size} it has; it may be cut off or damaged')
-    content.check()
 
 
-# --------------------------------------------------------------------------------------------------------- the claims
+# ------------------------------------------------------------------------------------------- what a pickle would make
 
-class _Storage:
-    """A storage of so many bytes that a pickle refers to."""
-    __slots__ = ('size',)
-
-    def __init__(self, size: int):
-        self.size = size
+class _Name(NamedTuple):
+    text: str
 
 
-class _Tensor:
-    """A tensor that a pickle describes."""
-    __slots__ = ('size',)
-
-    def __init__(self, size: int):
-        self.size = size
-
-
-class _Name:
-    """What a name in a pickle stands for here. Without attributes, so that BUILD cannot change it."""
-    __slots__ = ('_name',)
-
-    def __init__(self, name: str):
-        object.__setattr__(self, '_name', name)
-
-    def __setattr__(self, name, value):
-        raise AttributeError(name)
-
-    def __call__(self, *args):
-        if self._name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3'):
-            return self._tensor(*args)
-        if self._name == '_rebuild_parameter' and isinstance(args[0], _Tensor):
-            return args[0]
-        if self._name == 'Size' and isinstance(args[0], tuple):
-            return args[0]
-        if self._name == 'Counter' and len(args) == 1 and type(args[0]) is dict:
-            return args[0]
-        if self._name == 'encode' and len(args) == 2 and args[1] == 'latin1' and isinstance(args[0], str):
-            return args[0]
-        if self._name == 'device':
-            return None
-        raise _Refused(f'calls {self._name} in a way that torch.save does not write')
-
-    def item_size(self) -> int:
-        kind = self._name.removesuffix('Storage')
-        if kind == self._name or kind not in _ITEM_SIZES:
-            raise _Refused(f'holds a storage of type {self._name[:60]!r}, which no network has')
-        return _ITEM_SIZES[kind]
-
-    def _tensor(self, storage, offset, sizes, strides, *rest) -> _Tensor:
-        if not isinstance(storage, tuple) or not isinstance(storage[0], _Storage):
-            raise _Refused('describes a tensor without a storage')
-        storage, item = storage
-        if self._name == '_rebuild_tensor_v3':
-            item = getattr(torch, rest[2]._name).itemsize
-        numbers = (offset, *sizes, *strides)
-        if len(sizes) != len(strides) or any(type(n) is not int or n < 0 for n in numbers) or len(sizes) > 16:
-            raise _Refused('describes a tensor of an impossible shape')
-        count = math.prod(sizes)
-        reach = offset + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) if count else 0
-        if reach * item > storage.size:
-            raise _Refused(f'claims a tensor of shape {_shape(sizes)} in a storage of {storage.size} bytes')
-        return _Tensor(count * item)
+class _Pickle(NamedTuple):
+    content: object
+    length: int
+    """Of the pickle, in bytes."""
+    storages: dict[str, int]
+    """Bytes by key."""
 
 
-def _shape(sizes: tuple) -> str:
-    return 'x'.join(str(n)[:20] for n in sizes[:8])
-
-
-_NAMES = {
-    **{f'torch._utils.{name}': name for name in (
-        '_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3', '_rebuild_parameter')},
-    **{f'torch.{kind}Storage': f'{kind}Storage' for kind in _ITEM_SIZES},
-    **{str(value): name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    'torch.storage.UntypedStorage': 'UntypedStorage', 'torch.Size': 'Size', 'torch.device': 'device',
-    'collections.Counter': 'Counter', '_codecs.encode': 'encode'}
-
-
-class _Claims(pickle.Unpickler):
-    """What one pickle describes.
+class _Made:
+    """What a pickle would make: a tuple, a list, a dict, a storage, a tensor, or what another call gives.
 
     Attributes:
-        content: The values, with stand-ins for tensors.
-        storages: Bytes by key.
-        length: Of the pickle, in bytes.
+        items: What it holds; of a dict, the keys and values.
+        size: Of a storage or tensor, in bytes.
+        item: Of a storage, the bytes of a number.
     """
+    __slots__ = ('kind', 'items', 'size', 'item', 'depth', 'fetched')
 
-    def __init__(self, raw: bytes):
-        self.storages: dict[str, int] = {}
-        self.length = _check_operations(raw)
-        super().__init__(io.BytesIO(raw[:self.length]))
-        try:
-            self.content = self.load()
-        except _Refused:
-            raise
-        except Exception as error:  # unpicklers raise a dozen types on damaged pickles
-            raise _Refused(f'is no PyTorch checkpoint, or damaged ({_words(error)})') from None
+    def __init__(self, kind: str, items=(), size: int = 0, item: int = 1):
+        self.kind, self.items, self.size, self.item, self.depth, self.fetched = kind, [], size, item, 0, False
+        if items:
+            self.add(items)
 
-    def find_class(self, module: str, name: str):
-        known = f'{module}.{name}'
-        if known == 'collections.OrderedDict':
-            return OrderedDict
-        if known not in _NAMES:
-            shown = ''.join(c for c in known[:80] if c.isprintable())
-            raise _Refused(f'holds Python objects beside tensors ({shown}), which could run code when read, so it is '
-                           'refused; save its state dict alone with torch.save')
-        return _Name(_NAMES[known])
-
-    def persistent_load(self, claim) -> tuple[_Storage, int]:
-        if not (isinstance(claim, tuple) and len(claim) in (5, 6) and claim[0] == 'storage'
-                and isinstance(claim[1], _Name) and isinstance(claim[2], str) and type(claim[4]) is int
-                and claim[4] >= 0 and claim[5:] in ((), (None,))):
-            raise _Refused('describes a storage in a way that torch.save does not write')
-        item = claim[1].item_size()
-        size = claim[4] * item
-        if self.storages.setdefault(claim[2], size) != size:
-            raise _Refused('claims two sizes for one storage')
-        return _Storage(size), item
-
-    def check(self) -> None:
-        """Refuse content that unfolds to more than the file can hold."""
-        count, size, _ = _unfold(self.content, 0, {})
-        if count > MAX_VALUES:
-            raise _Refused(f'unfolds to more than {MAX_VALUES} values')
-        held = sum(self.storages.values())
-        if size > SHARING * held:
-            raise _Refused(f'claims tensors of {size} bytes and holds {held}')
+    def add(self, items) -> None:
+        self.items += items
+        self.depth = max([self.depth, *(1 + item.depth for item in items if isinstance(item, _Made))])
+        if self.depth > MAX_DEPTH or self.fetched:  # what holds itself was fetched before it was complete
+            raise _Refused(f'is nested more than {MAX_DEPTH} deep')
 
 
-def _unfold(value, depth: int, known: dict[int, tuple[int, int, int]]) -> tuple[int, int, int]:
-    """The values inside `value`, the bytes of the tensors among them, and how deep they lie.
-
-    What is referred to several times counts as often. A value that holds itself is too deep.
-    """
-    if isinstance(value, _Tensor):
-        return 1, value.size, 0
-    if not isinstance(value, (dict, list, tuple)):
-        return 1, 0, 0
-    if id(value) not in known and depth <= MAX_DEPTH:
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        inner = [_unfold(item, depth + 1, known) for item in (*inner, *getattr(value, '__dict__', {}).values())]
-        known[id(value)] = (1 + sum(count for count, _, _ in inner), sum(size for _, size, _ in inner),
-                            1 + max((height for _, _, height in inner), default=0))
-    if depth + known.get(id(value), (0, 0, 1))[2] > MAX_DEPTH:
-        raise _Refused(f'is nested more than {MAX_DEPTH} deep')
-    return known[id(value)]
-
-
-def _check_operations(raw: bytes) -> int:
-    """The length of the pickle at the start of `raw`, none of whose operations takes memory that is not in it."""
-    length = 0
-    try:
-        for number, (operation, argument, position) in enumerate(pickletools.genops(raw)):
-            length = position + 1
-            if number > MAX_OPERATIONS:
-                raise _Refused(f'describes its content in more than {MAX_OPERATIONS} operations')
-            if operation.name not in _OPERATIONS:
-                raise _Refused(f'is no PyTorch checkpoint, or damaged (pickle operation {operation.name})')
-            if operation.name in ('LONG_BINPUT', 'LONG_BINGET') and argument > number:
-                raise _Refused('is damaged (a reference beyond its pickle)')
-            if operation.name == 'LONG1' and abs(argument) > MAX_INTEGER and argument != _MAGIC:
+def _follow(raw: bytes) -> _Pickle:
+    """Follow the pickle at the start of `raw` to its end, without making anything."""
+    stack, marks, memo, storages, copied, claimed = [], [], {}, {}, 0, 0
+    for number, (operation, argument, position) in enumerate(pickletools.genops(raw)):
+        name = operation.name
+        if number > MAX_OPERATIONS or copied > MAX_COPIED:
+            raise _Refused(f'is described in more than {MAX_OPERATIONS} operations, or by copying')
+        if name in _VALUES:
+            if name == 'LONG1' and abs(argument) >= 1 << 64 and argument != _MAGIC:
                 raise _Refused(f'holds an integer of {argument.bit_length()} bits, expected up to 64')
-    except _Refused:
-        raise
-    except Exception as error:
-        raise _Refused(f'is no PyTorch checkpoint, it may be cut off or damaged ({_words(error)})') from None
-    return length
+            stack.append(_VALUES[name] if argument is None else argument)
+        elif name in _EMPTY:
+            stack.append(_Made(_EMPTY[name]))
+        elif name == 'GLOBAL':
+            stack.append(_known(argument.replace(' ', '.', 1)))
+        elif name in ('BINPUT', 'LONG_BINPUT'):
+            memo[argument] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(memo[argument])
+            if isinstance(stack[-1], _Made):
+                stack[-1].fetched = True
+                claimed += stack[-1].size
+        elif name == 'MARK':
+            marks.append(stack)
+            stack = []
+        elif name == 'STOP':
+            if claimed > SHARING * sum(storages.values()):
+                raise _Refused(f'claims tensors of {claimed} bytes and holds {sum(storages.values())}')
+            return _Pickle(stack.pop(), position + 1, storages)
+        elif name in _TAKEN or name in ('TUPLE', 'APPENDS', 'SETITEMS'):
+            items = [stack.pop() for _ in range(_TAKEN[name])][::-1] if name in _TAKEN else stack
+            stack = stack if name in _TAKEN else marks.pop()
+            if name == 'REDUCE':
+                args = items[0].items
+                copied += sum(64 * len(arg.items) if isinstance(arg, _Made) else len(arg)
+                              for arg in args if isinstance(arg, (_Made, str)))
+                stack[-1] = _called(stack[-1].text, args)
+                claimed += stack[-1].size
+            elif name == 'BINPERSID':
+                stack.append(_storage(items[0].items, storages))
+            elif name.startswith('TUPLE'):
+                stack.append(_Made('tuple', items))
+            else:
+                stack[-1].add(_added(name, items))
+        elif name != 'PROTO':
+            raise _Refused(f'is no PyTorch checkpoint, or damaged (pickle operation {name})')
 
 
-def _words(error: BaseException) -> str:
-    text = ''.join(c for c in ' '.join(str(error).split()) if c.isprintable())
-    return text[:120] or type(error).__name__
+def _known(name: str) -> _Name:
+    if name not in _CALLS and name not in _STORAGES and name not in _DTYPES:
+        raise _Refused(f'holds Python objects beside tensors ({name[:80]}), which could run code when read, so it is '
+                       'refused; save its state dict alone with torch.save')
+    return _Name(name)
+
+
+def _added(operation: str, items: list) -> list:
+    """What is added to a list or dict, if it does no harm there."""
+    if operation.startswith('SETITEM') and any(isinstance(key, _Made) for key in items[::2]):
+        raise _Refused('has keys other than texts and numbers')  # Python's hash of a deep tuple ends the process
+    if operation == 'BUILD':
+        match items:
+            case [_Made(kind='dict', items=['_metadata', _])] | [_Made(kind='tuple', items=[3, str(), *_])]:
+                return items  # of a state dict, or of a type of numbers
+        raise _Refused('sets attributes that torch.save does not write')  # which could stand in a method's place
+    return items
+
+
+def _storage(claim: list, storages: dict[str, int]) -> _Made:
+    match claim:
+        case ['storage', _Name(kind), str(key), str(), int(numel), *view] if kind in _STORAGES and view in ([], [None]):
+            size = numel * _STORAGES[kind]
+            if size >= 0 and storages.setdefault(key, size) == size:
+                return _Made('storage', size=size, item=_STORAGES[kind])
+    raise _Refused('describes a storage in a way that torch.save does not write')
+
+
+def _called(name: str, args: list) -> _Made:
+    """What a call would give, unless it is one that may cost more than it copies."""
+    match name.rpartition('.')[2], args:
+        case '_rebuild_parameter', [_Made(kind='tensor') as tensor, *_]:
+            return tensor
+        case '_rebuild_tensor' | '_rebuild_tensor_v2', [_Made(kind='storage') as storage, *view]:
+            return _tensor(storage, storage.item, *view[:3])
+        case '_rebuild_tensor_v3', [_Made(kind='storage') as storage, *view, _, _, _Name(dtype)]:
+            return _tensor(storage, _DTYPES[dtype].itemsize, *view)
+        case 'encode', [str(), 'latin1']:
+            return _Made('bytes')
+        case 'OrderedDict' | 'Counter', [] | [_Made(kind='dict')]:
+            return _Made('dict', args)
+        case 'OrderedDict', [_Made(kind='list', items=pairs)] if all(  # so Python 2 wrote it
+                isinstance(pair, _Made) and pair.kind in ('list', 'tuple') and len(pair.items) == 2 for pair in pairs):
+            return _Made('dict', [args[0], *_added('SETITEMS', [part for pair in pairs for part in pair.items])])
+        case 'Size', [_Made(kind='tuple', items=sizes)] if all(isinstance(size, int) for size in sizes):
+            return _Made('size')
+        case ('device', [str()] | [str(), int()]) | ('dtype', [str(), bool(), bool()]) | (
+                'scalar', [_Made(), _Made(kind='bytes')]):
+            return _Made(name)
+    raise _Refused(f'calls {name} in a way that torch.save does not write')
+
+
+def _tensor(storage: _Made, item: int, offset: int, sizes: _Made, strides: _Made) -> _Made:
+    sizes, strides = sizes.items, strides.items
+    if any(type(n) is not int or n < 0 for n in (offset, *sizes, *strides)):
+        raise _Refused('describes a tensor of an impossible shape')
+    count = math.prod(sizes)
+    reach = offset + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) if count else 0
+    if reach * item > storage.size:
+        raise _Refused(f'claims a tensor of shape {sizes[:8]} in a storage of {storage.size} bytes')
+    return _Made('tensor', size=count * item)
+
+
+class _Number:
+    """In the place of numpy.dtype, whose inner state is not a stranger's to set."""
+
+    def __init__(self, code: str, *_):
+        self.code = re.fullmatch('b1|[iu][1248]|f[248]', code)[0]
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1][:1] + self.code[-2:]
+
+
+def _scalar(kind: _Number, content: bytes):
+    return np.frombuffer(content, kind.code)[0].item()
+
+
+_NUMPY = [(_Number, 'numpy.dtype'), (_scalar, 'numpy.core.multiarray.scalar'),
+          (_scalar, 'numpy._core.multiarray.scalar')]
 
 
 # ------------------------------------------------------------------------------------------------ networks of a size

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import damage, load_elan, load_into, read_state_dict, read_training_state
 from elan_basicsr.errors import UserError
+from elan_basicsr.safe_read import read_torch
 
 from .conftest import with_checkout
 from .fuzz import CODE, mutate, write_originals
@@ -195,7 +198,34 @@ ABSURD = {
     'an element far into the memo': lambda: zip_of(b'\x80\x02}r\xff\xff\xff\x7f.', {}),
     'a codec': lambda: zip_of(b'\x80\x02}X\x01\0\0\0ac_codecs\nencode\nX\x01\0\0\0aX\x04\0\0\0idna\x86Rs.', {}),
     'legacy: a storage of terabytes': lambda: legacy(10**12),
+    'a storage larger than its record': lambda: zip_of(pickled({'a': Claim(1000, (1000,), (1,))}), {'0': bytes(16)}),
+    'a tuple as key whose hash ends the process': lambda: zip_of(b'\x80\x02})' + b'\x85' * 200_000 + b'K\x01s.', {}),
+    'copies of a dict': lambda: zip_of(repeated(b'ccollections\nOrderedDict\n', dict.fromkeys(range(20_000))), {}),
+    'copies of counters': lambda: zip_of(repeated(b'ccollections\nCounter\n', dict.fromkeys(range(20_000), 1)), {}),
+    'copies of a text': lambda: zip_of(repeated(b'c_codecs\nencode\n', 'x' * (1 << 20), 'latin1'), {}),
+    'copies of a shape': lambda: zip_of(repeated(b'ctorch\nSize\n', (1,) * 100_000), {}),
+    'a tensor taken apart': lambda: zip_of(pickled({'a': Call(Counter, Claim(4, (10**7,), (0,)))}), {'0': bytes(16)}),
+    'pairs taken apart': lambda: zip_of(pickled({'a': Call(OrderedDict, [Claim(4, (10**7,), (0,))])}),
+                                          {'0': bytes(16)}),
+    'storages by call': lambda: zip_of(repeated(b'ctorch.storage\nUntypedStorage\n', 140_000), {}),
+    'one record under many names': lambda: zip_of(pickled({'a': Claim(4, (4,), (1,))}).replace(
+        b'X\x01\0\0\x000', b'X\x01\0\0\0A'), {'a': bytes(16)}),
+    'an attribute for a method': lambda: zip_of(
+        b'\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x05sb.', {}),
+    'two tables of records': lambda: two_tables(saved({'a': torch.zeros(1)}), saved({'a': torch.ones(1)})),
 }
+
+
+def repeated(function: bytes, *args) -> bytes:
+    """A pickle of a thousand results of one call."""
+    call = pickle.dumps(args, 2)[:-1] + b'r\xff\0\0\0' + function + b'r\xfe\0\0\0'
+    return b'\x80\x02}X\x01\0\0\0a](' + call[2:] + b'j\xfe\0\0\0j\xff\0\0\0R' * 1000 + b'es.'
+
+
+def two_tables(first: bytes, second: bytes) -> bytes:
+    """Two files in one: its end says how far from the end the second's table lies, and where the first's does."""
+    at = struct.unpack('<I', first[-6:-2])[0]
+    return first + second[:-98] + second[-22:-6] + struct.pack('<I', at) + bytes(2)
 
 
 def legacy(numel: int) -> bytes:
@@ -290,16 +320,38 @@ def test_torchscript_is_a_program_and_refused():
 
 
 def test_what_torch_saves_is_read_whole():
-    from collections import Counter, OrderedDict
     content = {'a': torch.rand(3, 4)[:, ::2], 'b': [torch.tensor(1, dtype=dtype) for dtype in (
         torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.complex64)],
         'c': OrderedDict(x=Counter([1, 1]), y=torch.nn.Parameter(torch.ones(2))),
         'd': (None, True, -1, 1.5, 'é', 2**63), 'e': torch.Size([1, 2]), 'f': torch.zeros(0), 'g': b'bytes',
         'h': torch.device('cpu')}
-    from elan_basicsr.safe_read import read_torch
     for new in (True, False):
         torch.save(content, 'x.pth', _use_new_zipfile_serialization=new)
         read = read_torch('x.pth')
         assert torch.equal(read['a'], content['a']) and read['c']['x'] == Counter({1: 2}) and read['d'] == content['d']
         assert [value.dtype for value in read['b']] == [value.dtype for value in content['b']]
         assert read['g'] == b'bytes' and read['c']['y'].sum() == 2
+
+
+@pytest.mark.parametrize('new', [True, False])
+@pytest.mark.parametrize('module', [b'numpy.core', b'numpy._core'])  # before NumPy 2, and since
+def test_numbers_of_numpy_are_numbers(new, module):
+    values = [np.float64(30.5), np.float32(0.5), np.float16(2), np.int64(-3), np.uint8(255), np.bool_(True)]
+    raw = saved({'best_psnr': values[0], 'all': values, 'w': torch.ones(2)}, _use_new_zipfile_serialization=new)
+    if new:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            named = {name.partition('/')[2]: archive.read(name) for name in archive.namelist()}
+        pickled, storages = named['data.pkl'], {'0': named['data/0']}
+    else:
+        pickled = raw
+    pickled = pickled.replace(b'cnumpy._core', b'cnumpy.core').replace(b'cnumpy.core', b'c' + module)
+    Path('x.pth').write_bytes(zip_of(pickled, storages) if new else pickled)
+    read = read_torch('x.pth')
+    assert read['all'] == [30.5, 0.5, 2, -3, 255, True] and read['best_psnr'] == 30.5
+    assert [type(value) for value in read['all']] == [float, float, float, int, int, bool]
+
+
+def test_what_python_2_saved_is_read():
+    pair = b'](X\x01\0\0\0aK\x05e'
+    Path('x.pth').write_bytes(zip_of(b'\x80\x02ccollections\nOrderedDict\n](' + pair + pair + b'e\x85R.', {}))
+    assert read_torch('x.pth') == OrderedDict(a=5)
