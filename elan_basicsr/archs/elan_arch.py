@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elan_basicsr.archs import elan_fast, elan_grad, elan_native, elan_native_grad
+from elan_basicsr.archs import cpu
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -78,7 +78,7 @@ def paste_windows(tokens: Tensor, size: tuple[int, int], window: int, shifted: b
     h, w = size
     c = tokens.shape[-1]
     x = tokens.reshape(-1, h // window, w // window, window, window, c)
-    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, h, w)
+    x = x.transpose(2, 3).reshape(-1, h, w, c).permute(0, 3, 1, 2)
     if shifted:
         x = x.roll((window // 2,) * 2, dims=(2, 3))
     return x
@@ -253,16 +253,13 @@ class ELAN(nn.Module):
         return x[..., :h * self.upscale, :w * self.upscale]
 
     def _run_body(self, x: Tensor) -> Tensor:
-        for fast in (elan_native, elan_fast):
-            if fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
-                return fast.run_body(self.body, x, self.window_sizes)
-        run_block = None
-        if elan_native_grad.serves(self.body, x, self.window_sizes, _FAST_TYPES):
-            run_block = elan_native_grad.run_block
-        elif elan_grad.serves(self.body, x, _FAST_TYPES):
-            run_block = partial(elan_grad.run_block, cut=cut_windows, paste=paste_windows)
+        kernels = cpu.stand_in(self.body, x, self.window_sizes, _PLAIN_TYPES)
+        if kernels is cpu.inference:
+            return kernels.run_body(self.body, x, self.window_sizes)
+        if kernels is None:  # the modules copy channels of a pixel in one go
+            x = x.contiguous(memory_format=torch.channels_last)
         for block in self.body:
-            run = partial(run_block, block) if run_block else block
+            run = partial(kernels.run_block, block) if kernels else block
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False,
                                context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
@@ -277,9 +274,8 @@ def _in_full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x.to(conv.weight.dtype))
 
 
-# What `elan_native`, `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised
-# one, takes the plain path.
-_FAST_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
+# What kernels know how to compute.
+_PLAIN_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
 
 
 def _channel_mean(rgb_mean: Sequence[float], channels: int, img_range: float) -> Tensor:
