@@ -6,8 +6,8 @@ self-attention (GMSA), a block of both (ELAB), the network. Shapes are (batch, c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from elan_basicsr.archs import cpu
 from basicsr.utils.registry import ARCH_REGISTRY
 
 NUM_SHIFT_GROUPS = 5
+MOST_WINDOWS = 65_535  # that CUDA's fused attention takes at once
 
 
 def shift(x: Tensor) -> Tensor:
@@ -86,6 +87,9 @@ def paste_windows(tokens: Tensor, size: tuple[int, int], window: int, shifted: b
 
 def attend(q: Tensor, v: Tensor) -> Tensor:
     """softmax(q qᵀ) v within each window: keys equal queries, no scale, no bias, one head. Both (N, window², C)."""
+    windows = q.shape[0]
+    if isinstance(windows, int) and windows > MOST_WINDOWS:  # it is none in a graph exported for every size
+        return torch.cat([attend(*part) for part in zip(q.split(MOST_WINDOWS), v.split(MOST_WINDOWS), strict=True)])
     return F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None], scale=1.0)[:, 0]
 
 
@@ -167,16 +171,19 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let a block run again, for its backward pass, without counting the batch in BatchNorm's statistics twice."""
-    norms = [(norm, norm.momentum) for norm in block.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    for norm, _ in norms:
-        norm.momentum = 0.
-    try:
-        yield
-    finally:
-        for norm, momentum in norms:
+class _StatisticsKept:
+    """While entered, a block runs again, for a backward pass: BatchNorm's statistics have had its batch already."""
+
+    def __init__(self, block: nn.Module):
+        self.norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.
+
+    def __exit__(self, *_) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked -= 1
 
@@ -262,7 +269,7 @@ class ELAN(nn.Module):
             run = partial(kernels.run_block, block) if kernels else block
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False,
-                               context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
+                               context_fn=lambda block=block: (nullcontext(), _StatisticsKept(block)))
             else:
                 x = run(x)
         return x

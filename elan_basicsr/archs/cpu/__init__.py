@@ -10,8 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from elan_basicsr.archs.cpu import inference, training
-from elan_basicsr.archs.cpu.library import LINE, library
+from elan_basicsr.archs.cpu import inference, library, training
 
 
 def stand_in(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> ModuleType | None:
@@ -28,14 +27,14 @@ def stand_in(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_
         float32 and windows of 4, 8, ..., and wherever modules were changed or somebody watches them. Under autocast
         kernels go on in float32: they take half the time of products in bfloat16, and round nothing.
     """
-    if (_watched() or type(x) is not Tensor or any(w % 4 for w in window_sizes) or library() is None
+    if (_watched() or type(x) is not Tensor or any(w % 4 for w in window_sizes) or library.library() is None
             or not all(_is_plain(module, plain_types) for module in body.modules())
             or not all(t.dtype == torch.float32 and t.device.type == 'cpu' and type(t) in (Tensor, nn.Parameter)
                        for t in (x, *body.parameters()))):
         return None
     norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
     if all(norm.training and norm.affine and norm.track_running_stats for norm in norms):
-        return training if x.shape[3] % LINE == 0 else None
+        return training if x.shape[3] % library.LINE == 0 else None
     if (any(norm.training or norm.running_mean is None for norm in norms)
             or torch.is_grad_enabled() and any(t.requires_grad for t in (x, *body.parameters()))):
         return None

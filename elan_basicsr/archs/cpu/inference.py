@@ -1,4 +1,4 @@
-"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/features.h`, `kernels/attention.h`).
+"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/features.h`, `attention.h`).
 
 Maps are (H, C, pitch): a row of the image is a block of lines, one for each channel, so that a shift is another address
 and a 1x1 convolution multiplies runs of pixels by single weights.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, library, packed, windows_together
 
@@ -54,7 +55,8 @@ class _Block(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return grad, None, *(None for _ in inputs)
         statistics = {name: buffer.clone() for name, buffer in ctx.block.named_buffers()}  # which have had this batch
-        y = functional_call(ctx.block, statistics, inputs[0])
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            y = functional_call(ctx.block, statistics, inputs[0])
         gradients = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
         return None, None, *(next(gradients) if t.requires_grad else None for t in inputs)
 
