@@ -33,12 +33,12 @@ def stand_in(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_
                        for t in (x, *body.parameters()))):
         return None
     norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    if any(norm.running_mean is None for norm in norms):
+        return None
     if all(norm.training and norm.affine and norm.track_running_stats for norm in norms):
         return training if x.shape[3] % library.LINE == 0 else None
-    if (any(norm.training or norm.running_mean is None for norm in norms)
-            or torch.is_grad_enabled() and any(t.requires_grad for t in (x, *body.parameters()))):
-        return None
-    return inference
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *body.parameters()))
+    return None if gradients or any(norm.training for norm in norms) else inference
 
 
 def _watched() -> bool:
