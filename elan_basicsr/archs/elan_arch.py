@@ -263,8 +263,8 @@ class ELAN(nn.Module):
         kernels = cpu.stand_in(self.body, x, self.window_sizes, _PLAIN_TYPES)
         if kernels is cpu.inference:
             return kernels.run_body(self.body, x, self.window_sizes)
-        if kernels is None:  # the modules copy channels of a pixel in one go
-            x = x.contiguous(memory_format=torch.channels_last)
+        if kernels is None:  # channels last, as functorch takes it too: windows and shifts are copied in runs of them
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         for block in self.body:
             run = partial(kernels.run_block, block) if kernels else block
             if self.use_checkpoint and torch.is_grad_enabled():
