@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from elan_basicsr.archs.cpu import inference, library, training
@@ -45,7 +45,8 @@ def _watched() -> bool:
     """Whether somebody sees single operations or modules: compilers, exporters, functorch, counters, hooks on all."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
             or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-            or bool(_has_any_global_hook()))
+            or any((of_all._global_forward_hooks, of_all._global_forward_pre_hooks, of_all._global_backward_hooks,
+                    of_all._global_backward_pre_hooks)))
 
 
 def _is_plain(module: nn.Module, plain_types: set[type]) -> bool:
