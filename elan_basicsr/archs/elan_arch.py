@@ -90,7 +90,8 @@ def attend(q: Tensor, v: Tensor) -> Tensor:
     windows = q.shape[0]
     if isinstance(windows, int) and windows > MOST_WINDOWS:  # it is none in a graph exported for every size
         return torch.cat([attend(*part) for part in zip(q.split(MOST_WINDOWS), v.split(MOST_WINDOWS), strict=True)])
-    return F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None], scale=1.0)[:, 0]
+    q, v = q[:, None], v[:, None]
+    return F.scaled_dot_product_attention(q, q, v, scale=1.0)[:, 0]
 
 
 class GMSA(nn.Module):

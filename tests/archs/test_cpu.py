@@ -353,6 +353,7 @@ def test_less_is_saved_for_the_backward_pass():
 def test_without_them_the_network_is_slower_and_the_same(case, tmp_path, monkeypatch, recwarn):
     net, x = _network(), torch.rand(1, 3, 20, 30)
     expected = _evaluate(net, x)
+    monkeypatch.delenv('ELAN_KERNELS', raising=False)
     monkeypatch.setattr(library, '__file__', str(tmp_path / 'library.py'))
     file = tmp_path / '_kernels.abi3.so'
     if case == 'turned off':
