@@ -34,7 +34,7 @@ venv: $(VENV)/installed
 
 # Nothing is downloaded before check_machine.py has found what is missing. BasicSR comes first: pip would build it with a
 # PyTorch of its own, or not at all (bootstrap.py). `setup` is for machines where OpenCV does not load.
-$(VENV)/installed: setup.py $(wildcard elan_basicsr/archs/kernels/*)
+$(VENV)/installed: setup.py $(wildcard elan_basicsr/archs/cpu/kernels/*)
 	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON); type: $$(if command -v dnf >/dev/null; \
 	    then echo dnf install python3; else echo apt install python3 python3-venv; fi), or make PYTHON=…" >&2; exit 2; }
 	@$(PYTHON) tools/check_machine.py $(VENV)

@@ -21,11 +21,11 @@ OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'o
 # ELAN_KERNELS=0 leaves them out, for a wheel without them.
 KERNELS = []
 if (sys.platform, platform.machine()) == ('linux', 'x86_64') and os.environ.get('ELAN_KERNELS') != '0':
-    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / 'elan_basicsr/archs/kernels').glob('*.h'))
-    sources = ['elan_basicsr/archs/kernels/kernels.cpp', *headers]
-    # By this sum elan_native.py tells kernels that were compiled from other sources than lie beside it.
+    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / 'elan_basicsr/archs/cpu/kernels').glob('*.h'))
+    sources = ['elan_basicsr/archs/cpu/kernels/kernels.cpp', *headers]
+    # By this sum library.py tells kernels that were compiled from other sources than lie beside it.
     digest = hashlib.sha256(b''.join((HERE / name).read_bytes() for name in sources)).hexdigest()
-    KERNELS = [Extension('elan_basicsr.archs._kernels', sources[:1], depends=headers, language='c++', optional=True,
+    KERNELS = [Extension('elan_basicsr.archs.cpu._kernels', sources[:1], depends=headers, language='c++', optional=True,
                          py_limited_api=True,  # it knows nothing of Python, so that one wheel serves every version
                          define_macros=[('SOURCES', f'"{digest}"')],
                          extra_compile_args=['-O3', '-std=c++17', '-fopenmp'], extra_link_args=['-fopenmp'])]

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from elan_basicsr.archs.elan_native import library
+from elan_basicsr.archs.cpu.library import library
 
 from .conftest import ROOT
 
@@ -72,9 +72,9 @@ def test_the_wheel_holds_what_the_commands_need(tmp_path):
                     str(tmp_path / 'source')], check=True, capture_output=True)
     [wheel] = tmp_path.glob('*.whl')
     held = set(zipfile.ZipFile(wheel).namelist())
-    kernels = [name for name in files if name.startswith('elan_basicsr/archs/kernels/')]
+    kernels = [name for name in files if name.startswith('elan_basicsr/archs/cpu/kernels/')]
     assert kernels and not held & set(kernels)
-    assert any(name.startswith('elan_basicsr/archs/_kernels') for name in held) == (library() is not None)
+    assert any(name.startswith('elan_basicsr/archs/cpu/_kernels') for name in held) == (library() is not None)
     for name in filter(None, files):
         if name.startswith(('elan_basicsr/', 'elan_basicsr_command.py')) and name not in kernels:
             assert name in held

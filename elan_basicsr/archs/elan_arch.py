@@ -6,8 +6,8 @@ self-attention (GMSA), a block of both (ELAB), the network. Shapes are (batch, c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elan_basicsr.archs import elan_fast, elan_grad, elan_native, elan_native_grad
+from elan_basicsr.archs import cpu
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
 NUM_SHIFT_GROUPS = 5
+MOST_WINDOWS = 65_535  # that CUDA's fused attention takes at once
 
 
 def shift(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def paste_windows(tokens: Tensor, size: tuple[int, int], window: int, shifted: b
     h, w = size
     c = tokens.shape[-1]
     x = tokens.reshape(-1, h // window, w // window, window, window, c)
-    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, h, w)
+    x = x.transpose(2, 3).reshape(-1, h, w, c).permute(0, 3, 1, 2)
     if shifted:
         x = x.roll((window // 2,) * 2, dims=(2, 3))
     return x
@@ -86,7 +87,11 @@ def paste_windows(tokens: Tensor, size: tuple[int, int], window: int, shifted: b
 
 def attend(q: Tensor, v: Tensor) -> Tensor:
     """softmax(q qᵀ) v within each window: keys equal queries, no scale, no bias, one head. Both (N, window², C)."""
-    return F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None], scale=1.0)[:, 0]
+    windows = q.shape[0]
+    if isinstance(windows, int) and windows > MOST_WINDOWS:  # it is none in a graph exported for every size
+        return torch.cat([attend(*part) for part in zip(q.split(MOST_WINDOWS), v.split(MOST_WINDOWS), strict=True)])
+    q, v = q[:, None], v[:, None]
+    return F.scaled_dot_product_attention(q, q, v, scale=1.0)[:, 0]
 
 
 class GMSA(nn.Module):
@@ -167,16 +172,19 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let a block run again, for its backward pass, without counting the batch in BatchNorm's statistics twice."""
-    norms = [(norm, norm.momentum) for norm in block.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    for norm, _ in norms:
-        norm.momentum = 0.
-    try:
-        yield
-    finally:
-        for norm, momentum in norms:
+class _StatisticsKept:
+    """While entered, a block runs again, for a backward pass: BatchNorm's statistics have had its batch already."""
+
+    def __init__(self, block: nn.Module):
+        self.norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.
+
+    def __exit__(self, *_) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked -= 1
 
@@ -253,19 +261,16 @@ class ELAN(nn.Module):
         return x[..., :h * self.upscale, :w * self.upscale]
 
     def _run_body(self, x: Tensor) -> Tensor:
-        for fast in (elan_native, elan_fast):
-            if fast.serves(self.body, x, self.window_sizes, _FAST_TYPES):
-                return fast.run_body(self.body, x, self.window_sizes)
-        run_block = None
-        if elan_native_grad.serves(self.body, x, self.window_sizes, _FAST_TYPES):
-            run_block = elan_native_grad.run_block
-        elif elan_grad.serves(self.body, x, _FAST_TYPES):
-            run_block = partial(elan_grad.run_block, cut=cut_windows, paste=paste_windows)
+        kernels = cpu.stand_in(self.body, x, self.window_sizes, _PLAIN_TYPES)
+        if kernels is cpu.inference:
+            return kernels.run_body(self.body, x, self.window_sizes)
+        if kernels is None:  # channels last, as functorch takes it too: windows and shifts are copied in runs of them
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         for block in self.body:
-            run = partial(run_block, block) if run_block else block
+            run = partial(kernels.run_block, block) if kernels else block
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False,
-                               context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
+                               context_fn=lambda block=block: (nullcontext(), _StatisticsKept(block)))
             else:
                 x = run(x)
         return x
@@ -277,9 +282,8 @@ def _in_full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x.to(conv.weight.dtype))
 
 
-# What `elan_native`, `elan_fast` and `elan_grad` know how to compute; a module of another class, such as a quantised
-# one, takes the plain path.
-_FAST_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
+# What kernels know how to compute.
+_PLAIN_TYPES = {nn.ModuleList, ELAB, LFE, ShiftConv, GMSA, nn.Conv2d, nn.BatchNorm2d}
 
 
 def _channel_mean(rgb_mean: Sequence[float], channels: int, img_range: float) -> Tensor:

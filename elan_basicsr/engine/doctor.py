@@ -6,7 +6,7 @@ import platform
 import torch
 
 from elan_basicsr import compat
-from elan_basicsr.archs import elan_native
+from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.bootstrap import OPENCV, version
 
 from basicsr.utils import registry
@@ -52,9 +52,9 @@ def doctor() -> int:
 
 
 def _kernels() -> str:
-    library = elan_native.library()
-    if library:
-        return {8: 'AVX2', 16: 'AVX-512'}[library.elan_lanes()]
+    kernels = library()
+    if kernels:
+        return {8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()]
     return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2, and a C++ compiler when '
             'the package is installed')
 

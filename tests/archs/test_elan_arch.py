@@ -6,11 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elan_basicsr.archs import elan_native
+from elan_basicsr.archs import cpu, elan_arch
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import load_elan
 
 from .golden import GOLDEN, load_golden
+from .steps import step
 
 SMALL = dict(num_feat=15, num_block=2)
 
@@ -82,7 +83,7 @@ def test_impossible_hyperparameters_are_named(name, value):
 
 def test_half_precision_keeps_the_logits_exact(monkeypatch):
     """Under bf16 autocast the attention stays in float32: within 0.5 % of the range of the float32 result."""
-    monkeypatch.setattr(elan_native, 'serves', lambda *_: False)  # which rounds nothing to bf16
+    monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)  # which would round nothing to bf16
     golden = load_golden('tiny_shared_x2')
     net = load_elan(golden.checkpoint)
     x = golden.tensor('input').float() / 255
@@ -91,6 +92,53 @@ def test_half_precision_keeps_the_logits_exact(monkeypatch):
         with torch.autocast('cpu', dtype=torch.bfloat16):
             rounded = net(x)
     assert (rounded.float() - exact).abs().max() <= 5e-3 * (exact.max() - exact.min())
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_gradients_in_half_precision_stay_near(monkeypatch, inside):
+    """Mixed precision, its backward pass outside autocast, as it should be, or inside."""
+    monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)
+    torch.manual_seed(0)
+    net, x = ELAN(upscale=2, num_feat=30, num_block=6).train(), torch.rand(1, 3, 32, 32)
+    exact = copy.deepcopy(net)
+    exact(x).sum().backward()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = net(x)
+        if inside:
+            y.sum().backward()
+    if not inside:
+        y.sum().backward()
+    for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True):
+        if not name.endswith('project_in.bias'):  # before BatchNorm a bias has no gradient but rounding
+            assert p.grad.dtype == torch.float32
+            assert torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.95, name
+
+
+@pytest.mark.parametrize('limit', [1, 7])
+def test_attention_in_parts_is_that_of_the_whole_to_the_bit(monkeypatch, limit):
+    """CUDA refuses more windows at once than fit 16 bits."""
+    monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)
+    net, x = ELAN(**SMALL, num_share=1).train(), torch.rand(2, 3, 19, 33)
+    fused, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(q, k, v, **options):
+        given.append(len(q))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', attention)
+    whole = step(copy.deepcopy(net), x)
+    assert max(given) > limit
+    monkeypatch.setattr(elan_arch, 'MOST_WINDOWS', limit)
+    given.clear()
+    parts = step(net, x)
+    assert max(given) == limit
+    assert not [name for name, value in parts.items() if not torch.equal(value, whole[name])]
+
+
+def test_the_output_is_laid_out_as_any_networks():
+    """The toolbox's discriminators call `view` on what comes from it."""
+    for dtype in (torch.float32, torch.float64):
+        assert ELAN(upscale=2, **SMALL).to(dtype)(torch.rand(2, 3, 16, 16, dtype=dtype)).is_contiguous()
 
 
 def test_a_copy_is_independent():

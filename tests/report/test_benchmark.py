@@ -5,7 +5,7 @@ import pytest
 import skimage.data
 import torch
 
-from elan_basicsr.archs import elan_native
+from elan_basicsr.archs import cpu
 from elan_basicsr.cli import main
 from elan_basicsr.report import targets
 from elan_basicsr.report.targets import TARGETS, Target, grey_level_error
@@ -93,8 +93,8 @@ def test_the_table(tmp_path, capsys, monkeypatch):
 def test_the_error_of_bf16_in_grey_levels(shared, tmp_path, monkeypatch, compiled):
     """Kernels compute in float32 what autocast would have in bf16."""
     if not compiled:
-        monkeypatch.setattr(elan_native, 'serves', lambda *_: False)
-    elif elan_native.library() is None:
+        monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)
+    elif cpu.library.library() is None:
         pytest.skip('no kernels were compiled for this processor')
     image = tmp_path / 'lr.png'
     cv2.imwrite(str(image), skimage.data.astronaut()[100:148, 100:164, ::-1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elan_basicsr.archs import elan_native
+from elan_basicsr.archs import cpu
 from elan_basicsr.checkpoint import load_elan
 from elan_basicsr.interop.networks import load_network
 from elan_basicsr.upscale import enlarge
@@ -103,7 +103,7 @@ def test_memory_that_runs_out_halves_the_tile():
 
 
 def test_self_ensemble_and_half_precision(run, monkeypatch):
-    monkeypatch.setattr(elan_native, 'serves', lambda *_: False)  # which computes in float32 under autocast, too
+    monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)  # which computes in float32 under autocast, too
     save('a.png')
     assert run('a.png', '-o', 'plain')[0] == run('a.png', '-o', 'eight', '--self-ensemble')[0] == 0
     assert run('a.png', '-o', 'half', '--dtype', 'bfloat16')[0] == 0

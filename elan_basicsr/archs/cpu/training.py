@@ -6,54 +6,77 @@ maps are made again, window by window, in the cache.
 """
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elan_basicsr.archs import elan_grad
-from elan_basicsr.archs.elan_grad_attention import scratch
-from elan_basicsr.archs.elan_native import LINE, PIXELS, call, library, packed, windows_together
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, library, packed, windows_together
 
 ROWS = 16  # at a time, at most, as in kernels/gradients.h
 
 _without_autocast = torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.float32)
 _backward_without_autocast = torch.amp.custom_bwd(device_type='cpu')
-
-
-def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
-    """Whether `run_block` may stand in for the blocks: where `elan_grad` may, in float32, with BatchNorm training.
-
-    Under autocast as well, as for inference.
-    """
-    if (not elan_grad.serves(body, x, plain_types) or x.device.type != 'cpu' or x.dtype != torch.float32
-            or x.shape[3] % LINE or any(w % 4 for w in window_sizes) or library() is None):
-        return False
-    norms = [module for module in body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return (all(type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats
-                for norm in norms)
-            and all(p.dtype == x.dtype and p.device == x.device for p in body.parameters()))
+_kept = threading.local()
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
     """An ELAB on a padded map. (B, C, H, W) -> the same."""
-    x = x.transpose(1, 2).contiguous()
+    y = x.transpose(1, 2).contiguous()
     first = block.gmsa[0]
     shared = _Shared(first.window_sizes, first.shifted, len(block.gmsa))
     for i, (lfe, gmsa) in enumerate(zip(block.lfe, block.gmsa, strict=True)):
-        x = _Features.apply(x, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
-        x = _Attention.apply(x, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
+        y = _Features.apply(y, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
+        y = _Attention.apply(y, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
                              gmsa.project_out.weight, gmsa.project_out.bias, gmsa.norm, shared, i)
     shared.queries = []
-    return x.transpose(1, 2)
+    return _Block.apply(y.transpose(1, 2), block, x, *block.parameters())
+
+
+class _Block(torch.autograd.Function):
+    """What kernels made of x. A gradient of which another is to be taken goes through the block's modules instead."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: FunctionCtx, y: Tensor, block: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @_backward_without_autocast
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = *ctx.saved_tensors, *ctx.block.parameters()
+        if not torch.is_grad_enabled():
+            return grad, None, *(None for _ in inputs)
+        statistics = {name: buffer.clone() for name, buffer in ctx.block.named_buffers()}  # which have had this batch
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            y = functional_call(ctx.block, statistics, inputs[0])
+        gradients = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
+        return None, None, *(next(gradients) if t.requires_grad else None for t in inputs)
+
+
+def _scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for a temporary: a tensor with undefined content, valid until the thread asks for the same name again.
+
+    It is kept, as large as was ever needed: given back, the C library would leave holes of it between tensors that are
+    saved, and have the system clear pages anew at every step.
+    """
+    size, kept = math.prod(shape), vars(_kept)
+    if name not in kept or len(kept[name]) < size:
+        kept[name] = like.new_empty(size)
+    return kept[name][:size].view(shape)
 
 
 def _room(x: Tensor, each: int) -> tuple[Tensor, int, int]:
     """The last arguments of most kernels: memory for the threads, numbers of each, and how many threads."""
     threads = torch.get_num_threads()
-    return scratch('kernels', (threads * each,), x), each, threads
+    return _scratch('kernels', (threads * each,), x), each, threads
 
 
 def _size(x: Tensor) -> tuple[int, int, int, int]:
@@ -85,17 +108,19 @@ class _Features(torch.autograd.Function):
         room = _room(x, wide * PIXELS)
         call('elan_convolve', x, hidden, None, True, True, *_size(x), wide, *packed(weight0.flatten(1), bias0), *room)
         call('elan_convolve', hidden, out, x, True, False, *_size(hidden), c, *packed(weight1.flatten(1), bias1), *room)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, hidden, weight0, weight1)
         return out
 
     @staticmethod
-    @once_differentiable
     @_backward_without_autocast
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        if grad is None:  # `_Block` did the work
+            return (None,) * 5
         x, hidden, weight0, weight1 = ctx.saved_tensors
         grad = grad.contiguous()
         c, wide = x.shape[2], hidden.shape[2]
-        of_far, of_near = scratch('of_far', hidden.shape, x), scratch('of_near', x.shape, x)
+        of_far, of_near = _scratch('of_far', hidden.shape, x), _scratch('of_near', x.shape, x)
         room = _room(x, ROWS * (wide + 2 * c + LINE) * x.shape[3])
         sums1 = _Sums((wide, c), (c,), like=x)
         call('elan_features_back1', grad, hidden, of_far, *_size(x), wide, packed(weight1.flatten(1).t())[0],
@@ -107,9 +132,6 @@ class _Features(torch.autograd.Function):
         call('elan_add_shifted_back', grad, of_near, of_x, *_size(x), torch.get_num_threads())
         (of_weight0, of_bias0), (of_weight1, of_bias1) = sums0.totals(), sums1.totals()
         return of_x, of_weight0.reshape(weight0.shape), of_bias0, of_weight1.t().reshape(weight1.shape), of_bias1
-
-
-_free = threading.local()
 
 
 class _Shared:
@@ -135,7 +157,7 @@ class _Shared:
         if self.later is None:
             d = x.shape[2] // len(self.window_sizes)
             key = (*x.shape, *self.window_sizes, self.modules)
-            kept = vars(_free).pop('kept', None)
+            kept = vars(_kept).pop('later', None)
             if kept is None or kept[0] != key:
                 kept = key, []
                 for window in self.window_sizes:
@@ -145,7 +167,7 @@ class _Shared:
             self.key, self.later = kept
 
     def end_back(self) -> None:
-        _free.kept, self.later = (self.key, self.later), None
+        _kept.later, self.later = (self.key, self.later), None
 
 
 class _Attention(torch.autograd.Function):
@@ -168,18 +190,20 @@ class _Attention(torch.autograd.Function):
         call('elan_convolve', attended, out, x, False, False, *_size(x), x.shape[2],
              *packed(out_weight.flatten(1), out_bias), None, 0, torch.get_num_threads())
         ctx.shared, ctx.module = shared, module
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, attended, mean, rstd, weight, out_weight, *values, *shared.queries, *sums)
         return out
 
     @staticmethod
-    @once_differentiable
     @_backward_without_autocast
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 10
         x, attended, mean, rstd, weight, out_weight, *rest = ctx.saved_tensors
         values, queries, sums = rest[:3], rest[3:6], rest[6:]
         shared, module = ctx.shared, ctx.module
         grad = grad.contiguous()
-        of_normalised = scratch('of_normalised', values[0].shape, x)
+        of_normalised = _scratch('of_normalised', values[0].shape, x)
         shared.begin_back(x)
         out_weights = out_weight.flatten(1).t().chunk(len(shared.window_sizes))
         for i, window in enumerate(shared.window_sizes):

@@ -1,4 +1,4 @@
-// ELAN's modules on a CPU in float32: what elan_native.py calls, compiled for AVX-512 and for AVX2.
+// ELAN's modules on a CPU in float32: what archs/cpu calls, compiled for AVX-512 and for AVX2.
 //
 // Maps are (image, row, channel, column): a row of the image is a block of lines, one per channel, each `pitch` numbers
 // long of which the first `w` are pixels. Vectors hold neighbouring pixels of a line, so a shift is another address, a
@@ -59,7 +59,7 @@ extern "C" {
 // Numbers in a vector: 16 with AVX-512, 8 with AVX2, 0 where neither is there and nothing else here may be called.
 long elan_lanes() { return width(); }
 
-// What these kernels were compiled from, as setup.py and elan_native.py sum it up.
+// What these kernels were compiled from, as setup.py and library.py sum it up.
 const char *elan_sources() { return SOURCES; }
 
 void elan_features(const float *x, float *out, long h, long w, long pitch, long c, long first, long last, long hidden,

@@ -1,79 +1,22 @@
-"""The body of ELAN for inference on a CPU in float32, on kernels compiled for it (`kernels/`).
+"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/features.h`, `attention.h`).
 
-They are compiled when the package is installed, where there is a C++ compiler; without them `elan_fast` does the work.
 Maps are (H, C, pitch): a row of the image is a block of lines, one for each channel, so that a shift is another address
 and a 1x1 convolution multiplies runs of pixels by single weights.
+
+BatchNorm is folded into the projection at every call. A cached fold would have to notice changed weights, and updates
+through `.data`, as the toolbox's moving average makes them, leave no trace in a tensor's version.
 """
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elan_basicsr.archs import elan_fast
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, windows_together
 
-OUTPUTS = 5  # of a tile, as in kernels/tiles.h
-PIXELS = 64  # of a tile, at most
-LINE = 16  # numbers that lines are multiples of
 BAND_NUMBERS = 2**20  # of a map, at most where windows allow: 4 MB
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are not installed, not for this processor, or `ELAN_KERNELS` is 0.
-
-    `ELAN_KERNELS=avx2` has a processor with AVX-512 take the kernels for AVX2.
-    """
-    if os.environ.get('ELAN_KERNELS') == '0':
-        return None
-    path = Path(__file__).with_name('_kernels.abi3.so')
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError:  # there is none, or it is one of another machine, in a folder that both see
-        return None
-    if not _are_of_these_sources(found):
-        warnings.warn(f'{path} is not compiled from the sources beside it and left aside, so that the network is '
-                      'slower; install the package again as its README says', stacklevel=2)
-        return None
-    return found if found.elan_lanes() else None
-
-
-def _are_of_these_sources(kernels: ctypes.CDLL) -> bool:
-    """An editable installation keeps the kernels of its day, whose functions may take other arguments."""
-    sources = Path(__file__).with_name('kernels')
-    if not sources.is_dir():  # in a wheel they come together
-        return True
-    files = [sources / 'kernels.cpp', *sorted(sources.glob('*.h'))]
-    digest = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
-    try:
-        kernels.elan_sources.restype = ctypes.c_char_p
-        return kernels.elan_sources().decode() == digest
-    except AttributeError:
-        return False
-
-
-def call(name: str, *arguments: Tensor | int | bool | None) -> None:
-    """Call a kernel: tensors as addresses of float32, numbers as integers."""
-    getattr(library(), name)(*(ctypes.c_void_p(a.data_ptr() if a is not None else None)
-                               if a is None or isinstance(a, Tensor) else ctypes.c_long(a) for a in arguments))
-
-
-def serves(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_types: set[type]) -> bool:
-    """Whether `run_body` may stand in for the modules: where `elan_fast` may, in float32, with windows of 4, 8, ...
-
-    Under autocast as well: these kernels take half the time of products in bfloat16, and round nothing.
-    """
-    return (x.dtype == torch.float32 and all(w % 4 == 0 for w in window_sizes)
-            and elan_fast.serves(body, x, window_sizes, plain_types) and library() is not None)
 
 
 def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Tensor:
@@ -83,16 +26,6 @@ def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Ten
         for image, result in zip(x, out, strict=True):
             result.copy_(_Runner(body, image, window_sizes).run())
     return out
-
-
-def packed(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS)."""
-    rest = -len(weight) % OUTPUTS
-    if rest:
-        weight = F.pad(weight, (0, 0, 0, rest))
-        bias = F.pad(bias, (0, rest)) if bias is not None else None
-    return (weight.unflatten(0, (-1, OUTPUTS)).transpose(1, 2).contiguous(),
-            bias.contiguous() if bias is not None else None)
 
 
 def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -107,9 +40,12 @@ def line_length(width: int) -> int:
     return length + LINE if length % 128 == 0 and length >= 256 else length
 
 
-def windows_together(window: int) -> int:
-    """How many windows a kernel works on at a time."""
-    return max(PIXELS // window**2, 1)
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (D, C) and bias (D) of a 1x1 convolution followed by BatchNorm on its running statistics."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale * norm.weight if norm.affine else scale
+    bias = (conv.bias - norm.running_mean) * scale
+    return conv.weight.flatten(1) * scale[:, None], bias + norm.bias if norm.affine else bias
 
 
 class _Runner:
@@ -183,9 +119,8 @@ class _Runner:
         self.x, self.other = self.other, self.x
 
     def _groups(self, gmsa: nn.Module) -> list[tuple[int, int, tuple[Tensor, Tensor]]]:
-        """Window, shift and projection of each group. BatchNorm is folded anew at every call, as in `elan_fast`."""
-        weight, bias = elan_fast.folded(gmsa.project_in, gmsa.norm)
+        """Window, shift and projection of each group."""
         count = len(self.window_sizes)
-        return [(window, window // 2 if gmsa.shifted else 0, packed(of_group, bias_of_group)) for
-                window, of_group, bias_of_group in zip(self.window_sizes, weight.t().chunk(count), bias.chunk(count),
-                                                       strict=True)]
+        parts = zip(*(part.chunk(count) for part in folded(gmsa.project_in, gmsa.norm)), strict=True)
+        return [(window, window // 2 if gmsa.shifted else 0, packed(*part))
+                for window, part in zip(self.window_sizes, parts, strict=True)]

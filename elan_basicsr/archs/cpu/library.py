@@ -1,0 +1,74 @@
+"""The compiled library (`kernels/`): finding it, loading it, and the form in which its functions take what they get.
+
+It is compiled when the package is installed, where there is a C++ compiler.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+OUTPUTS = 5  # of a tile, as in kernels/tiles.h
+PIXELS = 64  # of a tile, at most
+LINE = 16  # numbers that lines are multiples of
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they are not installed, not for this processor, or `ELAN_KERNELS` is 0.
+
+    `ELAN_KERNELS=avx2` has a processor with AVX-512 take the kernels for AVX2.
+    """
+    if os.environ.get('ELAN_KERNELS') == '0':
+        return None
+    path = Path(__file__).with_name('_kernels.abi3.so')
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError:  # there is none, or it is one of another machine, in a folder that both see
+        return None
+    if not _are_of_these_sources(found):
+        warnings.warn(f'{path} is not compiled from the sources beside it and left aside, so that the network is '
+                      'slower; install the package again as its README says', stacklevel=2)
+        return None
+    return found if found.elan_lanes() else None
+
+
+def _are_of_these_sources(kernels: ctypes.CDLL) -> bool:
+    """An editable installation keeps the kernels of its day, whose functions may take other arguments."""
+    sources = Path(__file__).with_name('kernels')
+    if not sources.is_dir():  # in a wheel they come together
+        return True
+    files = [sources / 'kernels.cpp', *sorted(sources.glob('*.h'))]
+    digest = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+    try:
+        kernels.elan_sources.restype = ctypes.c_char_p
+        return kernels.elan_sources().decode() == digest
+    except AttributeError:
+        return False
+
+
+def call(name: str, *arguments: Tensor | int | bool | None) -> None:
+    """Call a kernel: tensors as addresses of float32, numbers as integers."""
+    getattr(library(), name)(*(ctypes.c_void_p(a.data_ptr() if a is not None else None)
+                               if a is None or isinstance(a, Tensor) else ctypes.c_long(a) for a in arguments))
+
+
+def packed(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS)."""
+    rest = -len(weight) % OUTPUTS
+    if rest:
+        weight = F.pad(weight, (0, 0, 0, rest))
+        bias = F.pad(bias, (0, rest)) if bias is not None else None
+    return (weight.unflatten(0, (-1, OUTPUTS)).transpose(1, 2).contiguous(),
+            bias.contiguous() if bias is not None else None)
+
+
+def windows_together(window: int) -> int:
+    """How many windows a kernel works on at a time."""
+    return max(PIXELS // window**2, 1)
