@@ -6,9 +6,9 @@ from os import path as osp
 
 import torch
 
-from elan_basicsr.engine.option_checks import check_options
-from elan_basicsr.engine.option_keys import is_number
-from elan_basicsr.engine.option_reader import Source, apply_overrides, read_yaml
+from elan_basicsr.config.checks import check
+from elan_basicsr.config.reader import Source, apply_overrides, read_yaml
+from elan_basicsr.config.schema import check_keys, is_number
 
 DEBUG_FREQUENCY = 8
 
@@ -37,7 +37,8 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     apply_overrides(opt, source, overrides, force_yml)
     if isinstance(opt.get('datasets'), dict):  # `--set datasets.test_5=~` leaves a set out
         opt['datasets'] = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
-    check_options(opt, source, is_train)
+    check_keys(opt, source, is_train)
+    check(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
     opt['path'] = opt.get('path') or {}
     opt['notices'] = []
