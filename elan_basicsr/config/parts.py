@@ -149,6 +149,8 @@ def _keys_read(name: str, dataset: Callable) -> dict:
                 with contextlib.suppress(ValueError, SyntaxError):
                     values = _plain(ast.literal_eval(default))
                 properties.setdefault(key or asked, described({}, sentence.rstrip('.') + '.', *values))
+    for key in ('phase', 'scale'):  # which are filled in
+        properties.pop(key, None)
     return {'properties': properties, 'required': [*DATASET_KEYS.get(name, ())], 'additionalProperties': UNKNOWN}
 
 
