@@ -23,8 +23,8 @@ that are not described are passed over, for an extension may read them, unless t
 
 The first line of every shipped option file names [schema.json](../options/schema.json) to editors that speak to
 `yaml-language-server` (VS Code, Neovim and others), which then complete keys, show this page's sentences and mark what
-is wrong. `basicsr options copy` copies the schema along. `basicsr options schema -o options/schema.json` writes it anew,
-with what is registered: run from a program that registers networks of your own, it knows them too.
+is wrong. `basicsr options copy` copies the schema along. `basicsr options schema -o options/schema.json` writes it with
+what is registered: called by a program that registers networks of your own, it knows them too.
 
 This page and the schema are written by `python tools/describe_options.py`.
 """

@@ -6,6 +6,7 @@ editors complete and check with, `options/schema.json`, and the page `docs/optio
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,6 @@ from elan_basicsr.config.reader import Path_, Source, nearest, shown
 
 def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value) -> bool:
-    return is_int(value) or isinstance(value, float) and abs(value) < float('inf')
 
 
 # ------------------------------------------------------------------------------------------------- what a value may be
@@ -36,7 +33,8 @@ def _one_of(*values) -> dict:
 
 
 def _list_of(words: str, item: dict, **schema) -> dict:
-    return kind(words, type='array', items={k: v for k, v in item.items() if k != 'errorMessage'}, minItems=1, **schema)
+    items = {key: value for key, value in item.items() if key != 'errorMessage'}
+    return kind(words, type='array', items=items, **{'minItems': 1, **schema})
 
 
 def type_of(what: str) -> dict:
@@ -46,14 +44,14 @@ def type_of(what: str) -> dict:
 UNKNOWN = {'deprecationMessage': 'unknown key: it is passed over, unless an extension of yours reads it'}
 """A key that is not described: editors warn of it. Here it passes, unless it is nearly one that is described."""
 _TEXT = {'type': 'string', 'pattern': r'\S'}
+_TEXT_OR_NONE = {**_TEXT, 'type': ['string', 'null']}
 TEXT = kind('a text', **_TEXT)
-TEXT_OR_NONE = kind('a text, or null for none', **{**_TEXT, 'type': ['string', 'null']})
+TEXT_OR_NONE = kind('a text, or null for none', **_TEXT_OR_NONE)
 NAME = kind('a text without / that can name a folder', type='string', format='file-name',
             pattern=r'^(?=.*\S)(?!\.\.?$)[^/\\\u0000\n]+$(?!\n)')
 NO_CODE = kind('nothing, for the Python code in that folder would be run; use PYTHONPATH', type='null')
-FILE_SUFFIX = kind('a text without /, or null for none', **{**_TEXT, 'type': ['string', 'null'],
-                                                            'not': {'type': 'string', 'pattern': '/'}})
-PATH = kind('a path, or null for none', **{**_TEXT, 'type': ['string', 'null']})
+FILE_SUFFIX = kind('a text without /, or null for none', **_TEXT_OR_NONE, **{'not': {'type': 'string', 'pattern': '/'}})
+PATH = kind('a path, or null for none', **_TEXT_OR_NONE)
 SWITCH = kind('true or false', type='boolean')
 COUNT = kind('an integer from 1', type='integer', minimum=1)
 SCALE = kind('an integer from 1 to 64', type='integer', minimum=1, maximum=64)
@@ -65,8 +63,7 @@ CLIP = kind('a number above 0, or false', anyOf=[{'type': 'number', 'exclusiveMi
 NUMBER = kind('a number', type='number')
 NOT_NEGATIVE = kind('a number from 0', type='number', minimum=0)
 DECAY = kind('a number from 0 to below 1', type='number', minimum=0, exclusiveMaximum=1)
-BETAS = _list_of('two numbers from 0 to below 1, such as [0.9, 0.999]', DECAY)
-BETAS.update(minItems=2, maxItems=2)
+BETAS = _list_of('two numbers from 0 to below 1, such as [0.9, 0.999]', DECAY, minItems=2, maxItems=2)
 NUMBERS = _list_of('a list of numbers', NUMBER)
 MILESTONES = _list_of('a list of iterations, such as [250000, 400000]', COUNT)
 RESTARTS = _list_of('a list of iterations from 0, such as [0, 250000]', COUNT_OR_ZERO)
@@ -295,10 +292,9 @@ def _missing(validator, required, section, schema) -> Iterator[ValidationError]:
 _FORMATS = FormatChecker(())
 _FORMATS.checks('file-name')(lambda value: not isinstance(value, str) or len(value.encode('utf-8', 'replace')) <= 200)
 _TYPES = Draft7Validator.TYPE_CHECKER.redefine_many({
-    'integer': lambda checker, value: is_int(value), 'number': lambda checker, value: is_number(value)})
+    'integer': lambda checker, value: is_int(value),  # 2.0 is none, and a number is finite
+    'number': lambda checker, value: is_int(value) or isinstance(value, float) and math.isfinite(value)})
 _Validator = validators.extend(Draft7Validator, {'additionalProperties': _unknown, 'required': _missing}, None, _TYPES)
-
-
 _LAST = 'required propertyNames'
 
 
