@@ -11,9 +11,11 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 
-from jsonschema import Draft7Validator, FormatChecker, ValidationError, validators
-
+from elan_basicsr import dependencies
 from elan_basicsr.config.reader import Path_, Source, nearest, shown
+
+with dependencies.explained():
+    from jsonschema import Draft7Validator, FormatChecker, ValidationError, validators
 
 
 def is_int(value) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ def test_the_schema_and_the_page_are_what_the_description_makes(tmp_path):
     for folder in ('options', 'docs'):
         (tmp_path / folder).mkdir()
     done = subprocess.run([sys.executable, ROOT / 'tools/describe_options.py', tmp_path], capture_output=True,
-                          text=True, env={'PYTHONPATH': with_checkout(), 'PATH': '/usr/bin:/bin'}, timeout=240)
+                          text=True, env={**os.environ, 'PYTHONPATH': with_checkout()}, timeout=240)
     assert done.returncode == 0, done.stderr
     made, committed = json.loads((tmp_path / 'options/schema.json').read_text(encoding='utf-8')), dict(SCHEMA)
     page = (ROOT / 'docs/options.md').read_text(encoding='utf-8')
@@ -140,6 +141,15 @@ def test_the_command_writes_it(tmp_path, capsys):
     assert printed['properties'] == SCHEMA['properties']
     assert main(['options', 'schema', '-o', str(tmp_path / 'none' / 'schema.json')]) == 2
     assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_without_jsonschema_it_says_in_one_line_what_to_type(tmp_path):
+    code = ("import sys; sys.modules['jsonschema'] = None; from elan_basicsr.cli import main; "
+            "sys.exit(main(['options', 'schema']))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONPATH': with_checkout()}, timeout=240)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert 'jsonschema is not installed' in done.stderr and 'pip install jsonschema' in done.stderr
 
 
 def test_copies_come_with_the_schema_and_nobodys_is_overwritten(tmp_path):
