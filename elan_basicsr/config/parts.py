@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from elan_basicsr.config.reader import Path_, Source, nearest
-from elan_basicsr.config.schema import DEGRADATIONS, SCHEMA, TO_TRAIN, UNKNOWN, at, described, kind
+from elan_basicsr.config.schema import DEGRADATIONS, KEYS, SCHEMA, TO_TRAIN, UNKNOWN, at, described, kind
 from elan_basicsr.errors import UserError
 
 from basicsr.models import lr_scheduler
@@ -97,38 +97,44 @@ def check_choice(name, names: Iterable[str], what: str, source: Source, key: Pat
 
 
 # In a docstring: `num_feat (int): Channels. Default: 64.`, and as we write it `num_in_ch, num_out_ch: Channels.`
-_TOLD = re.compile(r'^( *)(\w+(?:, \w+)*) ?(?:\((.*?)\))?: *(\S.*(?:\n\1 +\S.*)*)', re.M)
-_AFTER = re.compile(r'[.,;]? \(?[Dd]efaults?\b|(?<=[\w)\'\]])\. ')
+_TOLD = re.compile(r'^( *)(\w+(?:, \w+)*) ?(?:\((.*?)\))?: *(\S.*(?:\n\1 +(?!\w+ \(.*\): )\S.*)*)', re.M)
+_AFTER = re.compile(r'[.,;]? (?:Defaults?\b|\(default)|(?<=[\w)\'\]])\. ')
 # In a dataset: `opt['gt_size']`, `opt.get('color', None)  # a comment`
 _READ = re.compile(r"\bopt(?:\['(\w+)'\]|\.get\('(\w+)'(?:, ([^()]+?))?\))(?:.*?  # (.*))?")
 _TYPES = {'int': 'number', 'float': 'number', 'bool': 'boolean', 'str': 'string', 'list': 'array', 'tuple': 'array'}
 _WORDS = {'number': 'a number', 'boolean': 'true or false', 'string': 'a text', 'array': 'a list'}
 
 
-def arguments(name: str, target: Callable, by_caller: tuple[str, ...] = ()) -> dict:
-    """The arguments of `target` as the JSON schema of a section, read off its signature and its docstring."""
+def arguments(part: Part, name: str) -> dict:
+    """The arguments of what is registered, as the JSON schema of a section, read off its signature and docstring."""
+    target = part.registered()[name]
     told, properties, required, takes_any = _told(target), {'type': True}, [], False
     for each in inspect.signature(target).parameters.values():
         takes_any |= each.kind == each.VAR_KEYWORD
-        if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) and each.name not in by_caller:
-            said, sentence = told.get(each.name, ('', ''))
+        if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) and each.name not in part.by_caller:
+            said, sentence = told.get(each.name, ('', f'Argument of {name}'))
             said = said or type(each.default).__name__
             type_ = None if '|' in said else _TYPES.get(re.split(r'\W', said)[0])
             may_be = kind(_WORDS[type_], type=[type_, 'null']) if type_ else {}
-            properties[each.name] = described(may_be, sentence or f'Argument of {name}.', *_plain(each.default))
+            properties[each.name] = described(may_be, _sentence(part, each.name, sentence), *_plain(each.default))
             required += [each.name] if each.default is each.empty else []
     return {'title': name, 'errorMessage': f'{name} has no such argument', 'properties': properties,
             'required': required, 'additionalProperties': UNKNOWN if takes_any else False}
 
 
 def _told(target: Callable) -> dict[str, tuple[str, str]]:
-    """Type and first sentence of what the docstring tells of each argument."""
+    """Type and text of what the docstring tells of each argument."""
     texts = [inspect.getdoc(target) or '', inspect.getdoc(target.__init__) or '' if inspect.isclass(target) else '']
-    found = {}
-    for _, names, type_, text in _TOLD.findall('\n'.join(texts)):
-        sentence = _AFTER.split(' '.join(text.split()))[0].rstrip('.:')
-        found.update({name: (type_, f'{sentence[:1].upper()}{sentence[1:]}.') for name in names.split(', ')})
-    return found
+    return {name: (type_, text) for _, names, type_, text in _TOLD.findall('\n'.join(texts))
+            for name in names.split(', ')}
+
+
+def _sentence(part: Part, name: str, text: str) -> str:
+    """The first sentence of a text, or our own where the key is described here."""
+    if described_here := KEYS.get(f'{part.key}.{name}'):
+        return described_here[1]
+    text = _AFTER.split(' '.join(text.split()))[0].rstrip('.:')
+    return f'{text[:1].upper()}{text[1:]}.'
 
 
 def _plain(default) -> list:
@@ -138,19 +144,19 @@ def _plain(default) -> list:
     return []
 
 
-def _keys_read(name: str, dataset: Callable) -> dict:
+def _keys_read(name: str) -> dict:
     """The keys that a dataset's source reads, as the JSON schema of a section."""
-    told, properties = _told(dataset), {}
+    dataset, properties = DATASET.registered()[name], {}
+    told = _told(dataset)
     with contextlib.suppress(OSError, TypeError):  # where there is no source
         for base in inspect.getmro(dataset)[:-1]:
             for key, asked, default, comment in _READ.findall(inspect.getsource(base)):
-                _, sentence = told.get(key or asked, ('', comment or f'Read by {name}'))
-                values = []
+                key, values = key or asked, []
                 with contextlib.suppress(ValueError, SyntaxError):
                     values = _plain(ast.literal_eval(default))
-                properties.setdefault(key or asked, described({}, sentence.rstrip('.') + '.', *values))
-    for key in ('phase', 'scale'):  # which are filled in
-        properties.pop(key, None)
+                _, text = told.get(key, ('', comment or f'Read by {name}'))
+                if key not in ('phase', 'scale'):  # which are filled in
+                    properties.setdefault(key, described({}, _sentence(DATASET, key, text), *values))
     return {'properties': properties, 'required': [*DATASET_KEYS.get(name, ())], 'additionalProperties': UNKNOWN}
 
 
@@ -185,8 +191,7 @@ def complete() -> dict:
 
 def _of_type(part: Part, name: str, known: dict) -> dict:
     """What a section of this type may hold; beside the `known` keys, where it takes any."""
-    target = part.registered()[name]
-    schema = _keys_read(name, target) if part is DATASET else arguments(name, target, part.by_caller)
+    schema = _keys_read(name) if part is DATASET else arguments(part, name)
     if schema['additionalProperties']:
         schema['properties'] = {**dict.fromkeys(known, True), **schema['properties']}
     return schema

@@ -104,7 +104,7 @@ KEYS: dict[str, tuple] = {
     'datasets.*.dataroot_lq': (PATH, 'Folder or LMDB of the LR images.'),
     'datasets.*.filename_tmpl': (TEMPLATE, "Name of an LR image, with {} for the HR image's, such as '{}x4'.", '{}'),
     'datasets.*.meta_info_file': (PATH, 'A file that lists the images; without it all in the folder are taken.'),
-    'datasets.*.meta_info': (PATH, 'The same, as the datasets of Real-ESRGAN call it.'),
+    'datasets.*.meta_info': (PATH, 'A file that lists the images, for the datasets of Real-ESRGAN.'),
     'datasets.*.io_backend': (SECTION, 'How images are read.'),
     'datasets.*.io_backend.type': (_one_of('disk', 'lmdb', 'memcached'), 'Files in a folder, an LMDB, or memcached.'),
     'datasets.*.io_backend.sys_path': (NO_CODE, 'Refused: a folder of Python code.'),

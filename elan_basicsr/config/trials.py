@@ -78,7 +78,7 @@ def try_metric(section: dict, key: Path_, source: Source) -> bool:
 def _look_up(section: dict, part: Part, key: Path_, source: Source) -> tuple[Callable, dict]:
     """What `type` names and its arguments, all of which it knows and none of which is missing."""
     target = find_type(section, part, source, key)
-    for keyword, where, words in mistakes(section, arguments(section['type'], target, part.by_caller), source, key):
+    for keyword, where, words in mistakes(section, arguments(part, section['type']), source, key):
         if keyword in ('required', 'additionalProperties'):
             raise source.error(where, words)
     return target, {name: value for name, value in section.items() if name != 'type'}
@@ -97,7 +97,7 @@ def _failure_told(section: dict, part: Part, key: Path_, source: Source) -> Iter
     except Exception as error:  # constructors fail in every way: assertions, indices, divisions
         name, words = section['type'], str(error) or type(error).__name__
         blamed = [argument for argument in section if words.startswith(f'{name}: {argument} ')]
-        found = mistakes(section, arguments(name, part.registered()[name], part.by_caller), source, key)
+        found = mistakes(section, arguments(part, name), source, key)
         if found and not blamed:
             raise source.error(*found[0][1:]) from None
         raise source.error((*key, *blamed[:1]), f'{name} cannot be built: {words}') from None

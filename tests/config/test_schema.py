@@ -130,7 +130,7 @@ def test_what_a_user_registers_is_in_it(monkeypatch):
     assert arguments['width']['default'] == 8 and arguments['width']['description'] == 'Channels inside.'
     assert 'default' not in arguments['depth'] and 'default' not in arguments['norm']
     read = own['OwnDataset']['properties']
-    assert 'my_root' in read and read['crops'] == {'description': 'patches of an image.', 'default': 4}
+    assert 'my_root' in read and read['crops'] == {'description': 'Patches of an image.', 'default': 4}
 
 
 def test_the_command_writes_it(tmp_path, capsys):
