@@ -40,7 +40,7 @@ setup(
     keywords='super-resolution, image restoration, ELAN, BasicSR, PyTorch',
     packages=[*find_packages(include=['elan_basicsr', 'elan_basicsr.*']), *OPTIONS],
     package_dir=OPTIONS,
-    package_data={'': ['*.yml', '*.jinja']},
+    package_data={'': ['*.yml', '*.json', '*.jinja']},
     ext_modules=KERNELS,
     options={'bdist_wheel': {'py_limited_api': 'cp310'}} if KERNELS else {},
     py_modules=['elan_basicsr_command'],
@@ -61,6 +61,7 @@ setup(
         'scipy>=1.10',
         'numpy>=1.26',
         'pyyaml>=6.0',
+        'jsonschema>=4.18',  # checks option files
         'rich>=13',  # mmengine's own dependency; draws the progress line
         'safetensors>=0.4',
         'jinja2>=3.1',  # torch brings it

@@ -166,7 +166,7 @@ def _add_options(commands) -> None:
     parser = _command(commands, 'options', 'the option files that come with this package',
                       "basicsr options copy 'train_ELAN_light_*'")
     actions = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for add in (_add_options_list, _add_options_copy):
+    for add in (_add_options_list, _add_options_copy, _add_options_schema):
         add(actions)
 
 
@@ -174,7 +174,7 @@ def _add_options_list(commands) -> None:
     parser = _command(commands, 'list', 'name every option file and say what it is', 'basicsr options list')
 
     def call(args: argparse.Namespace) -> int:
-        from elan_basicsr.engine.option_files import list_options
+        from elan_basicsr.config.files import list_options
         for name, title in list_options():
             print(f'{name:<36}{title}')
         return 0
@@ -189,12 +189,25 @@ def _add_options_copy(commands) -> None:
     parser.add_argument('--to', default='options', metavar='DIR', help='the folder (default: options)')
 
     def call(args: argparse.Namespace) -> int:
-        from elan_basicsr.engine.option_files import copy_options
+        from elan_basicsr.config.files import copy_options
         for path in copy_options(args.names, args.to):
             print(path)
         return 0
 
     parser.set_defaults(call=call, light=True)
+
+
+def _add_options_schema(commands) -> None:
+    parser = _command(commands, 'schema', 'write the JSON schema with which editors complete and check option files',
+                      'basicsr options schema -o options/schema.json')
+    parser.add_argument('-o', '--output', metavar='FILE', help='the file to write (default: standard output)')
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.config.parts import write_schema
+        write_schema(args.output)
+        return 0
+
+    parser.set_defaults(call=call)
 
 
 def _add_completion(commands) -> None:
@@ -303,8 +316,8 @@ def _add_data_verify(commands) -> None:
     parser.add_argument('-opt', metavar='FILE', help='an option file, whose data sets are verified in pairs')
 
     def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.config.reader import read_yaml
         from elan_basicsr.data.verify import verify
-        from elan_basicsr.engine.option_reader import read_yaml
         if not args.paths and not args.opt:
             raise UserError('data verify: nothing to verify; expected paths, or -opt FILE')
         return verify(args.paths, read_yaml(args.opt)[0] if args.opt else None)

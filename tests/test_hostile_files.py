@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from elan_basicsr.engine.option_reader import read_yaml
+from elan_basicsr.config.reader import read_yaml
 from elan_basicsr.errors import UserError
 
 from .conftest import with_checkout
@@ -73,7 +73,7 @@ def test_an_option_file_names_no_folder_of_code():
     ('datasets.train.io_backend.sys_path=/x', 'sys_path: is .*expected nothing, for the Python code'),
     ('val.suffix=../../x', 'suffix: is .*expected a text without /')])
 def test_an_option_file_that_reaches_for_more_is_refused(override, message):
-    from elan_basicsr.engine.options import load_options
+    from elan_basicsr.config.options import load_options
     file = Path(__file__).parents[1] / 'options/train_ELAN_light_x4.yml'
     with pytest.raises(UserError, match=message):
         load_options(file, is_train=True, overrides=[override])

@@ -1,9 +1,9 @@
 """`basicsr test`: restore the images of every test set with a trained network, and measure them."""
 from __future__ import annotations
 
+from elan_basicsr.config.options import load_options
 from elan_basicsr.data.sampling import seed_all
 from elan_basicsr.engine.launch import process_group
-from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.run import (
     build_validation_loaders,
     disk_errors_named,

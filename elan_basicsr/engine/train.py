@@ -16,11 +16,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from elan_basicsr.checkpoint import UNFINISHED
+from elan_basicsr.config.options import load_options
 from elan_basicsr.data.loader import PatchLoader, dead_workers_named, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import process_group
-from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.resume import find_resume_state, saved_states
 from elan_basicsr.engine.run import (
     build_checked_dataset,

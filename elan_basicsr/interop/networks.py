@@ -138,12 +138,12 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     Raises:
         UserError: The file or the weights cannot be read, or do not fit each other.
     """
-    from elan_basicsr.engine.option_parts import check_network
-    from elan_basicsr.engine.option_reader import read_yaml
+    from elan_basicsr.config.reader import read_yaml
+    from elan_basicsr.config.trials import try_network
     opt, source = read_yaml(path)
     if not isinstance(opt.get('network_g'), dict):
         raise source.error('network_g', 'is missing, expected the network: type: ELAN and its arguments')
-    check_network(opt, 'network_g', source)
+    try_network(opt['network_g'], ('network_g',), source)
     paths = section if isinstance(section := opt.get('path'), dict) else {}
     weights = paths.get('pretrain_network_g')
     if not isinstance(weights, str):

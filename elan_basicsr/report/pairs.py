@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from elan_basicsr.config.options import load_options
 from elan_basicsr.data.images import find_images, read_bgr
 from elan_basicsr.data.resize import imresize
-from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.run import build_checked_dataset
 from elan_basicsr.errors import UserError
 

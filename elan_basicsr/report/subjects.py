@@ -11,14 +11,13 @@ import yaml
 from torch import nn
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.engine.option_parts import check_network, find
-from elan_basicsr.engine.option_reader import Source, read_yaml
+from elan_basicsr.config.parts import ARCHITECTURE
+from elan_basicsr.config.reader import Source, read_yaml
+from elan_basicsr.config.trials import try_network
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import load_network
 from elan_basicsr.report.complexity import Complexity, count, count_macs, count_paper_macs
 from elan_basicsr.report.official import VALUE_RANGE, build_official
-
-from basicsr.utils.registry import ARCH_REGISTRY
 
 PRESETS: dict[str, tuple[str, dict]] = {
     'ELAN-light': ('ELAN', {'num_feat': 60, 'num_block': 24, 'num_share': 1}),
@@ -108,14 +107,14 @@ class Subject:
             raise UserError(f'{self.spec}: cannot be read; expected ARCH:key=value,key=value such as '
                             'ELAN-light:use_checkpoint=true') from None
         arch, preset = PRESETS.get(name, (name, {}))
-        if find(ARCH_REGISTRY, arch) is None:
+        if ARCHITECTURE.registered().get(arch) is None:
             near = ', '.join([*PRESETS, *OFFICIAL])
             raise UserError(f'{self.spec}: is no file and no network; expected {near}, an architecture of the registry '
                             'such as SwinIR:embed_dim=60, an option file or a checkpoint')
         return {'type': arch, **preset, **given}, Source(self.spec)
 
     def _from_options(self, section: dict, source: Source) -> nn.Module:
-        arch = find(ARCH_REGISTRY, section.get('type', ''))
+        arch = ARCHITECTURE.registered().get(section.get('type', ''))
         if arch is not None:
             parameters = inspect.signature(arch).parameters
             factor = next((name for name in ('upscale', 'scale') if name in parameters), None)
@@ -124,7 +123,7 @@ class Subject:
             section = {**colours, **({factor: self.scale} if factor else {}), **section}
             if factor:
                 self._check_scale(section[factor], (COLOURS, COLOURS))
-        check_network({'network_g': section}, 'network_g', source)
+        try_network(section, ('network_g',), source)
         return arch(**{name: value for name, value in section.items() if name != 'type'})
 
     def _check_scale(self, scale: int, channels: tuple[int, int]) -> None:

@@ -15,9 +15,9 @@ import yaml
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from elan_basicsr.cli import main
+from elan_basicsr.config.options import load_options
 from elan_basicsr.engine.interrupt import EXIT_STOPPED
 from elan_basicsr.engine.launch import process_group, read_environment
-from elan_basicsr.engine.options import load_options
 from elan_basicsr.engine.resume import _own_state
 from elan_basicsr.engine.run import join_run
 from elan_basicsr.errors import UserError

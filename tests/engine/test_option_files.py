@@ -9,8 +9,8 @@ import elan_basicsr  # noqa: F401 - basicsr does not import without it
 import pytest
 import yaml
 
-from elan_basicsr.engine.option_reader import read_yaml
-from elan_basicsr.engine.options import load_options
+from elan_basicsr.config.options import load_options
+from elan_basicsr.config.reader import read_yaml
 from elan_basicsr.errors import UserError
 
 from basicsr.utils.options import ordered_yaml

@@ -2,7 +2,7 @@
 import pytest
 
 from elan_basicsr.cli import main
-from elan_basicsr.engine.option_files import copy_options, list_options, shipped
+from elan_basicsr.config.files import copy_options, list_options, shipped
 from elan_basicsr.errors import UserError
 
 from ..conftest import ROOT

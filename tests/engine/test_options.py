@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elan_basicsr import cli
-from elan_basicsr.engine.option_reader import MAX_BYTES, read_yaml
-from elan_basicsr.engine.options import load_options
+from elan_basicsr.config.options import load_options
+from elan_basicsr.config.reader import MAX_BYTES, read_yaml
 from elan_basicsr.errors import UserError
 
 TRAIN = """\

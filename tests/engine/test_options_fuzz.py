@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import elan_basicsr  # noqa: F401 - basicsr does not import without it
-from elan_basicsr.engine.option_reader import read_yaml
-from elan_basicsr.engine.options import load_options
+from elan_basicsr.config.options import load_options
+from elan_basicsr.config.reader import read_yaml
 from elan_basicsr.errors import UserError
 
 OPTIONS = Path(__file__).parents[2] / 'options'

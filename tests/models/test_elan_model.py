@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from elan_basicsr.checkpoint import load_elan
-from elan_basicsr.engine.options import load_options
+from elan_basicsr.config.options import load_options
 from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders
 from elan_basicsr.errors import UserError
 

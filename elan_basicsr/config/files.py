@@ -11,6 +11,8 @@ from elan_basicsr.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 # In a wheel they lie inside the package, in a checkout beside it.
+SCHEMA = 'schema.json'
+"""What every option file names in its first line, for editors."""
 FOLDER = next((folder for folder in (PACKAGE / 'options', PACKAGE.parent / 'options') if folder.is_dir()), None)
 
 
@@ -22,12 +24,14 @@ def shipped() -> dict[str, Path]:
 
 
 def list_options() -> list[tuple[str, str]]:
-    """Name and first line of every option file."""
-    return [(name, path.read_text(encoding='utf-8').split('\n', 1)[0].lstrip('# ')) for name, path in shipped().items()]
+    """Name and title of every option file: its second line, below the one that names the schema to editors."""
+    return [(name, path.read_text(encoding='utf-8').split('\n')[1].lstrip('# ')) for name, path in shipped().items()]
 
 
 def copy_options(names: Sequence[str] = (), target: str | os.PathLike = 'options') -> list[Path]:
     """Copy option files, all by default, into the folder `target`, where the files' own comments expect them.
+
+    The schema that they name for editors is copied along, unless one is there.
 
     Args:
         names: File names as `list_options` gives them, or patterns such as `train_ELAN_*`; `.yml` may be left out.
@@ -46,13 +50,12 @@ def copy_options(names: Sequence[str] = (), target: str | os.PathLike = 'options
     there = [Path(target, name) for name in chosen if Path(target, name).exists()]
     if there:
         raise UserError(f'{there[0]}: is there already and is not overwritten; move it away or choose another --to')
-    copies = []
-    for name, path in chosen.items():
-        copy = Path(target, name)
+    copies = {Path(target, name): path for name, path in chosen.items()}
+    schema = Path(target, SCHEMA)
+    for copy, path in [*copies.items(), *([] if schema.exists() or FOLDER is None else [(schema, FOLDER / SCHEMA)])]:
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         except OSError as error:
             raise UserError(f'{copy}: cannot be written ({error.strerror})') from None
-        copies.append(copy)
-    return copies
+    return list(copies)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,21 +41,32 @@ class Source:
     overridden: dict[Path_, str] = field(default_factory=dict)
     added: set[Path_] = field(default_factory=set)
 
+    def line(self, path: Path_) -> int:
+        """The line of a key, or of the nearest section around it; 0 for none."""
+        return next((self.lines[above] for above in _upwards(path) if above in self.lines), 0)
+
     def error(self, key: Path_ | str, message: str) -> UserError:
-        """A UserError `FILE:LINE: key: message`, with the line of the key or of the nearest section around it."""
-        path = tuple(key.split('.')) if isinstance(key, str) else tuple(map(str, key))
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.overridden:
-                return user_error(f'{self.overridden[path[:length]]}: {".".join(path)}: {message}')
-            if path[:length] in self.lines:
-                return user_error(f'{self.file}:{self.lines[path[:length]]}: {".".join(path)}: {message}')
-        return user_error(f'{self.file}: {".".join(path)}: {message}')
+        """A UserError `FILE:LINE: key: message`; for an overridden key it begins with the override."""
+        path = tuple(key.split('.')) if isinstance(key, str) else key
+        above = next((above for above in _upwards(path) if above in self.overridden or above in self.lines), ())
+        where = self.overridden.get(above) or (f'{self.file}:{self.lines[above]}' if above else self.file)
+        return user_error(f'{where}: {".".join(path)}: {message}')
+
+
+def _upwards(path: Path_) -> Iterator[Path_]:
+    return (path[:length] for length in range(len(path), 0, -1))
 
 
 def user_error(message: str) -> UserError:
     """A UserError that stays one printable line of bounded length, whatever the file holds."""
     line = ''.join(c if c.isprintable() else ' ' for c in ' '.join(message.split()))
     return UserError(line if len(line) <= MAX_MESSAGE else f'{line[:MAX_MESSAGE]}…')
+
+
+def shown(value) -> str:
+    """A value as people write it, shortened."""
+    text = 'none' if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return f'{text[:60]}…' if len(text) > 60 else text
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:

@@ -6,9 +6,9 @@ from os import path as osp
 
 import torch
 
-from elan_basicsr.engine.option_checks import check_options
-from elan_basicsr.engine.option_keys import is_number
-from elan_basicsr.engine.option_reader import Source, apply_overrides, read_yaml
+from elan_basicsr.config.checks import check
+from elan_basicsr.config.reader import Source, apply_overrides, read_yaml
+from elan_basicsr.config.schema import KEYS, check_keys
 
 DEBUG_FREQUENCY = 8
 
@@ -37,33 +37,32 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     apply_overrides(opt, source, overrides, force_yml)
     if isinstance(opt.get('datasets'), dict):  # `--set datasets.test_5=~` leaves a set out
         opt['datasets'] = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
-    check_options(opt, source, is_train)
+    check_keys(opt, source, is_train)
+    check(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
     opt['path'] = opt.get('path') or {}
     opt['notices'] = []
-    _choose_device(opt)
+    _choose_device(opt, source)
     if debug and not opt['name'].startswith('debug'):
         opt['name'] = f'debug_{opt["name"]}'
     _complete_datasets(opt)
     _complete_paths(opt)
     if is_train:
-        _complete_logger(opt)
+        _complete_frequencies(opt)
     _whole_numbers(opt)
-    _check_again(opt, source)
     return opt
 
 
-def _choose_device(opt: dict) -> None:
-    present = torch.cuda.device_count()
-    wanted = opt.setdefault('num_gpu', 'auto')
-    if wanted == 'auto':
-        opt['num_gpu'] = present
-        if not present:
-            opt['notices'].append('num_gpu: auto found no GPU; running on the CPU.')
-    elif wanted > present:
-        opt['num_gpu'] = present
+def _choose_device(opt: dict, source: Source) -> None:
+    present, wanted = torch.cuda.device_count(), opt.get('num_gpu', KEYS['num_gpu'][2])
+    opt['num_gpu'] = present if wanted == 'auto' else min(wanted, present)
+    if wanted == 'auto' and not present:
+        opt['notices'].append('num_gpu: auto found no GPU; running on the CPU.')
+    elif wanted != 'auto' and wanted > present:
         opt['notices'].append(f'num_gpu: {wanted} asked for, {present} there; running on '
                               f'{f"{present} GPUs" if present else "the CPU"}.')
+    if opt['is_train'] and opt['train'].get('amp') == 'fp16' and opt['num_gpu'] == 0:
+        raise source.error('train.amp', 'fp16 needs a GPU, and there is none; expected bf16 or false')
 
 
 def _complete_datasets(opt: dict) -> None:
@@ -88,7 +87,8 @@ def _complete_paths(opt: dict) -> None:
         path.update(experiments_root=run, models=osp.join(run, 'models'),
                     training_states=osp.join(run, 'training_states'), log=run,
                     visualization=osp.join(run, 'visualization'))
-        path.setdefault('resume_state', None)
+        if path.setdefault('resume_state', None) and opt['auto_resume']:
+            opt['notices'].append(f'--auto_resume: path.resume_state ({path["resume_state"]}) is not used.')
     else:
         run = osp.join(_folder(opt, 'results'), opt['name'])
         path.update(results_root=run, log=run, visualization=osp.join(run, 'visualization'))
@@ -102,34 +102,22 @@ def _folder(opt: dict, kind: str) -> str:
     return osp.join(opt['root_path'], osp.expanduser(chosen) if chosen else kind)
 
 
-def _complete_logger(opt: dict) -> None:
-    opt['logger'] = logger = opt.get('logger') or {}
-    for key, default in (('print_freq', 100), ('save_checkpoint_freq', 5000), ('use_tb_logger', False)):
-        logger.setdefault(key, default)
-    if opt.get('val'):
-        opt['val'].setdefault('val_freq', 5000)
-        opt['val'].setdefault('save_img', False)
+def _complete_frequencies(opt: dict) -> None:
+    opt['logger'] = opt.get('logger') or {}
+    for section, *names in (('logger', 'print_freq', 'save_checkpoint_freq', 'use_tb_logger'),
+                            *([('val', 'val_freq', 'save_img')] if opt.get('val') else [])):
+        for name in names:
+            opt[section].setdefault(name, KEYS[f'{section}.{name}'][2])
     if 'debug' in opt['name']:
-        logger.update(print_freq=1, save_checkpoint_freq=DEBUG_FREQUENCY)
+        opt['logger'].update(print_freq=1, save_checkpoint_freq=DEBUG_FREQUENCY)
         if opt.get('val'):
             opt['val']['val_freq'] = DEBUG_FREQUENCY
 
 
 def _whole_numbers(opt: dict) -> None:
     """`!!float 5e3`, as BasicSR's files write counts of iterations, becomes 5000."""
-    sections = [opt.get('train') or {}, opt.get('val') or {}, opt.get('logger') or {}, *opt['datasets'].values()]
-    for section in filter(lambda section: isinstance(section, dict), sections):
-        for key in ('total_iter', 'val_freq', 'save_checkpoint_freq', 'dataset_enlarge_ratio'):
-            if is_number(section.get(key)):  # anything may stand under a key of another section
-                section[key] = int(section[key])
-
-
-def _check_again(opt: dict, source: Source) -> None:
-    """What can be checked only once the devices are known."""
-    if not opt['is_train']:
-        return
-    if opt['train'].get('amp') == 'fp16' and opt['num_gpu'] == 0:
-        raise source.error('train.amp', 'fp16 needs a GPU, and there is none; expected bf16 or false')
-    resume = opt['path'].get('resume_state')
-    if opt['auto_resume'] and resume:
-        opt['notices'].append(f'--auto_resume: path.resume_state ({resume}) is not used.')
+    for section, name in ((opt.get('train'), 'total_iter'), (opt.get('val'), 'val_freq'),
+                          (opt.get('logger'), 'save_checkpoint_freq'),
+                          *((dataset, 'dataset_enlarge_ratio') for dataset in opt['datasets'].values())):
+        if section and name in section:
+            section[name] = int(section[name])
