@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -131,7 +131,7 @@ def save_atomic(content: dict, path: str | os.PathLike) -> str:
     return _write_atomic(lambda file: torch.save(content, file), path)
 
 
-def checksum(file: BinaryIO) -> str:
+def checksum(file: IO[bytes]) -> str:
     """SHA-256 of a file open for reading, from its beginning, in hexadecimal digits."""
     file.seek(0)
     digest = hashlib.sha256()
@@ -147,7 +147,7 @@ def save_safetensors(state: StateDict, note: dict, path: str | os.PathLike) -> N
     _write_atomic(lambda file: file.write(data), path)
 
 
-def _write_atomic(write: Callable[[BinaryIO], object], path: str | os.PathLike) -> str:
+def _write_atomic(write: Callable[[IO[bytes]], object], path: str | os.PathLike) -> str:
     path = Path(path)
     temporary = None
     try:

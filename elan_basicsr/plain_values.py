@@ -4,13 +4,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 from elan_basicsr.errors import UserError
 
 LARGEST_MULTIPLE = 1024
 """Of pixels that an image is extended to, when a file's note and not the user asks for it."""
 
-Check = tuple[str, Callable[[object], bool]]
+Check = tuple[str, Callable[[Any], bool]]
 """What is expected, in words and as a test."""
 
 

@@ -15,7 +15,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors
@@ -95,8 +95,8 @@ def opened_records(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
         UserError: It is something else, or reading the records fails.
     """
     check_regular(path)
-    with _refusing(path, 'a checkpoint'), zipfile.ZipFile(path) as archive:
-        _check_records(archive)
+    with _refusing(path, 'a checkpoint'), open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+        _check_records(archive, file)
         yield archive
 
 
@@ -126,9 +126,9 @@ def _refusing(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ the two containers
 
-def _check_records(archive: zipfile.ZipFile) -> dict[str, int]:
+def _check_records(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, int]:
     """The sizes of the records by name. They must lie in the file as torch.save lays them out."""
-    file, records = archive.fp, archive.infolist()
+    records = archive.infolist()
     size = file.seek(0, os.SEEK_END)
     file.seek(-min(size, 98), os.SEEK_END)
     end = file.read().rjust(98, b'\0')
@@ -154,7 +154,7 @@ def _check_records(archive: zipfile.ZipFile) -> dict[str, int]:
 
 def _check_zip(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
-        records = _check_records(archive)
+        records = _check_records(archive, file)
         folder = next(iter(records), '').partition('/')[0]
         storages = _follow(archive.open(f'{folder}/data.pkl').read(MAX_PICKLE)).storages
     for key, claimed in storages.items():
@@ -165,7 +165,8 @@ def _check_zip(file: BinaryIO) -> None:
 
 def _check_legacy(file: BinaryIO) -> None:
     """Five pickles (a magic number, the protocol, the machine, the content, the storages' keys) and the storages."""
-    size, position, parts = file.seek(0, os.SEEK_END), 0, []
+    size, position = file.seek(0, os.SEEK_END), 0
+    parts: list[_Pickle] = []
     file.seek(0)
     raw = file.read(MAX_PICKLE)
     while len(parts) < 5:
@@ -187,7 +188,7 @@ class _Name(NamedTuple):
 
 
 class _Pickle(NamedTuple):
-    content: object
+    content: Any
     length: int
     """Of the pickle, in bytes."""
     storages: dict[str, int]
@@ -205,7 +206,8 @@ class _Made:
     __slots__ = ('kind', 'items', 'size', 'item', 'depth', 'fetched')
 
     def __init__(self, kind: str, items=(), size: int = 0, item: int = 1):
-        self.kind, self.items, self.size, self.item, self.depth, self.fetched = kind, [], size, item, 0, False
+        self.kind, self.size, self.item, self.depth, self.fetched = kind, size, item, 0, False
+        self.items: list[Any] = []
         if items:
             self.add(items)
 
@@ -218,9 +220,14 @@ class _Made:
 
 def _follow(raw: bytes) -> _Pickle:
     """Follow the pickle at the start of `raw` to its end, without making anything."""
-    stack, marks, memo, storages, copied, claimed = [], [], {}, {}, 0, 0
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    storages: dict[str, int] = {}
+    copied = claimed = 0
+    argument: Any
     for number, (operation, argument, position) in enumerate(pickletools.genops(raw)):
-        name = operation.name
+        name, end = operation.name, (position or 0) + 1
         if number > MAX_OPERATIONS or copied > MAX_COPIED:
             raise _Refused(f'is described in more than {MAX_OPERATIONS} operations, or by copying')
         if name in _VALUES:
@@ -244,7 +251,7 @@ def _follow(raw: bytes) -> _Pickle:
         elif name == 'STOP':
             if claimed > SHARING * sum(storages.values()):
                 raise _Refused(f'claims tensors of {claimed} bytes and holds {sum(storages.values())}')
-            return _Pickle(stack.pop(), position + 1, storages)
+            return _Pickle(stack.pop(), end, storages)
         elif name in _TAKEN or name in ('TUPLE', 'APPENDS', 'SETITEMS'):
             items = [stack.pop() for _ in range(_TAKEN[name])][::-1] if name in _TAKEN else stack
             stack = stack if name in _TAKEN else marks.pop()
@@ -262,6 +269,7 @@ def _follow(raw: bytes) -> _Pickle:
                 stack[-1].add(_added(name, items))
         elif name != 'PROTO':
             raise _Refused(f'is no PyTorch checkpoint, or damaged (pickle operation {name})')
+    raise _Refused('is no PyTorch checkpoint, or cut off')
 
 
 def _known(name: str) -> _Name:
@@ -316,8 +324,8 @@ def _called(name: str, args: list) -> _Made:
     raise _Refused(f'calls {name} in a way that torch.save does not write')
 
 
-def _tensor(storage: _Made, item: int, offset: int, sizes: _Made, strides: _Made) -> _Made:
-    sizes, strides = sizes.items, strides.items
+def _tensor(storage: _Made, item: int, offset: int, shape: _Made, steps: _Made) -> _Made:
+    sizes, strides = shape.items, steps.items
     if any(type(n) is not int or n < 0 for n in (offset, *sizes, *strides)):
         raise _Refused('describes a tensor of an impossible shape')
     count = math.prod(sizes)
@@ -331,7 +339,9 @@ class _Number:
     """In the place of numpy.dtype, whose inner state is not a stranger's to set."""
 
     def __init__(self, code: str, *_):
-        self.code = re.fullmatch('b1|[iu][1248]|f[248]', code)[0]
+        if not re.fullmatch('b1|[iu][1248]|f[248]', code):
+            raise ValueError(f'numbers of type {code}')
+        self.code = code
 
     def __setstate__(self, state: tuple) -> None:
         self.code = state[1][:1] + self.code[-2:]
@@ -341,7 +351,7 @@ def _scalar(kind: _Number, content: bytes):
     return np.frombuffer(content, kind.code)[0].item()
 
 
-_NUMPY = [(_Number, 'numpy.dtype'), (_scalar, 'numpy.core.multiarray.scalar'),
+_NUMPY: list[Any] = [(_Number, 'numpy.dtype'), (_scalar, 'numpy.core.multiarray.scalar'),
           (_scalar, 'numpy._core.multiarray.scalar')]
 
 

@@ -74,7 +74,7 @@ def cut_windows(x: Tensor, window: int, shifted: bool) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, window * window, c)
 
 
-def paste_windows(tokens: Tensor, size: tuple[int, int], window: int, shifted: bool) -> Tensor:
+def paste_windows(tokens: Tensor, size: Sequence[int], window: int, shifted: bool) -> Tensor:
     """The inverse of `cut_windows`: (B * H/window * W/window, window², C) -> (B, C, H, W) with `size` = (H, W)."""
     h, w = size
     c = tokens.shape[-1]
@@ -114,7 +114,7 @@ class GMSA(nn.Module):
         self.norm = nn.BatchNorm2d(projected)
         self.project_out = nn.Conv2d(channels, channels, kernel_size=1)
 
-    def forward(self, x: Tensor, queries: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, queries: Sequence[Tensor] = ()) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the attended map (B, C, H, W) and the queries, one (N, window², C/groups) per window size."""
         # The logits are unscaled and reach hundreds: half-precision queries would be wrong by whole units.
         with torch.autocast(x.device.type, enabled=False):
@@ -142,7 +142,7 @@ class ELAB(nn.Module):
             GMSA(channels, window_sizes, shifted, shares=i > 0) for i in range(1 + num_share))
 
     def forward(self, x: Tensor) -> Tensor:
-        queries = None
+        queries: Sequence[Tensor] = ()
         for lfe, gmsa in zip(self.lfe, self.gmsa, strict=True):
             x = lfe(x) + x
             y, queries = gmsa(x, queries)
@@ -186,7 +186,8 @@ class _StatisticsKept:
     def __exit__(self, *_) -> None:
         for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked -= 1
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1
 
 
 @ARCH_REGISTRY.register()
@@ -210,6 +211,8 @@ class ELAN(nn.Module):
     Raises:
         ValueError: A hyper-parameter cannot work; the message names it and the values allowed.
     """
+    mean_in: Tensor
+    mean_out: Tensor
 
     def __init__(self,
                  upscale: int = 4,

@@ -59,12 +59,12 @@ def _check_scale(opt: dict, source: Source) -> None:
         raise source.error('network_g', f'upscale is missing, which ELAN takes as 4, but scale is {scale}')
 
 
-def _check_model(opt: dict, model: type, source: Source) -> None:
+def _check_model(opt: dict, model: type[BaseModel], source: Source) -> None:
     if issubclass(model, SwinIRModel) and 'window_size' not in opt['network_g']:
         raise source.error('network_g', f'window_size is missing, by whose multiple {opt["model_type"]} pads images')
     if issubclass(model, (RealESRNetModel, RealESRGANModel)):
-        for _, key, words in mistakes(opt, {'properties': DEGRADATIONS}, source):
-            raise source.error(key, words)
+        for _, where, words in mistakes(opt, {'properties': DEGRADATIONS}, source):
+            raise source.error(where, words)
     for key in OURS if model.__module__.startswith('basicsr.') else ():
         section, _, name = key.rpartition('.')
         if ((opt.get(section) or {}) if section else opt).get(name):
@@ -142,7 +142,7 @@ def _how_to_prepare(path: str, dataset: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- training
 
-def _check_training(opt: dict, model: type, source: Source) -> None:
+def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     train, name = opt['train'], opt['model_type']
     adversarial = issubclass(model, (SRGANModel, StyleGAN2Model))
     for section, key in (('', 'network_d'), ('train', 'optim_d'), ('train', 'gan_opt')) if adversarial else ():

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     """A kind of thing that is named: in words, where in the file, and the arguments that are not the file's to give."""
     what: str
     example: str
-    registered: Callable[[], dict[str, Callable]]
+    registered: Callable[[], dict[str, Any]]
     key: str
     by_caller: tuple[str, ...] = ()
 
@@ -74,14 +74,14 @@ METRIC = Part('metric', 'a metric such as calculate_psnr', _in(registry.METRIC_R
               ('img', 'img2'))
 
 
-def find(name: str, part: Part, source: Source, key: Path_) -> Callable:
+def find(name: str, part: Part, source: Source, key: Path_) -> Any:
     """What is registered under `name`, or an error with the nearest names; `key` is where the name stands."""
     registered = part.registered()
     check_choice(name, registered, part.what, source, key)
     return registered[name]
 
 
-def find_type(section: dict, part: Part, source: Source, key: Path_) -> Callable:
+def find_type(section: dict, part: Part, source: Source, key: Path_) -> Any:
     """What the `type` of the section at `key` names."""
     if 'type' not in section:
         raise source.error(key, f'type is missing, expected the name of {part.example}')
@@ -108,7 +108,8 @@ _WORDS = {'number': 'a number', 'boolean': 'true or false', 'string': 'a text', 
 def arguments(part: Part, name: str) -> dict:
     """The arguments of what is registered, as the JSON schema of a section, read off its signature and docstring."""
     target = part.registered()[name]
-    told, properties, required, takes_any = _told(target), {'type': True}, [], False
+    told, required, takes_any = _told(target), [], False
+    properties: dict[str, dict | bool] = {'type': True}
     for each in inspect.signature(target).parameters.values():
         takes_any |= each.kind == each.VAR_KEYWORD
         if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) and each.name not in part.by_caller:
@@ -146,7 +147,7 @@ def _plain(default) -> list:
 
 def _keys_read(name: str) -> dict:
     """The keys that a dataset's source reads, as the JSON schema of a section."""
-    dataset, properties = DATASET.registered()[name], {}
+    dataset, properties = DATASET.registered()[name], dict[str, dict]()
     told = _told(dataset)
     with contextlib.suppress(OSError, TypeError):  # where there is no source
         for base in inspect.getmro(dataset)[:-1]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -153,7 +154,8 @@ class _Builder:
         raise self._tag_error(node)
 
     def _mapping(self, node, path: Path_, parents: tuple) -> dict:
-        result, merged = {}, {}
+        result: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self._error(key_node.start_mark, 'a key is a list or a section, expected a name')
@@ -210,7 +212,7 @@ def _override(options: dict, source: Source, where: str, text: str, separator: s
     path = tuple(part.strip() for part in key.split(separator))
     if not equals or not all(path):
         raise user_error(f'{where}: expected key{separator}sub=value, such as train{separator}total_iter=1000')
-    section = options
+    section: dict | list = options
     for depth, part in enumerate(path[:-1], 1):
         child = _item(section, part)
         if child is None and may_add and depth > 1 and isinstance(section, dict):

@@ -228,7 +228,7 @@ _TWICE = {
     'gray_noise_prob': 'Probability of grey noise',
     'jpeg_range': 'Lowest and highest JPEG quality',
 }
-DEGRADATIONS = {key: described(*entry) for key, entry in {
+_DEGRADATIONS: dict[str, tuple] = {
     **{f'{key}{number}': (NUMBER if key.endswith('noise_prob') else NUMBERS, f'{sentence}, in the {which} process.')
        for number, which in (('', 'first'), ('2', 'second')) for key, sentence in _TWICE.items()},
     'second_blur_prob': (NUMBER, 'Probability of blur in the second process.'),
@@ -238,7 +238,8 @@ DEGRADATIONS = {key: described(*entry) for key, entry in {
     **{key: (SWITCH, f'Sharpen the ground truth{of}.') for key, of in (
         ('gt_usm', ''), ('l1_gt_usm', ' of the loss between pixels'), ('percep_gt_usm', ' of the perceptual loss'),
         ('gan_gt_usm', ' of the discriminator'))},
-}.items()}
+}
+DEGRADATIONS = {key: described(*entry) for key, entry in _DEGRADATIONS.items()}
 """What the models of Real-ESRGAN read at the top of a file."""
 
 

@@ -6,6 +6,7 @@ attributes a state names.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer, parameter: Tensor) -> 
     """What an optimizer of this kind keeps for a parameter of this shape."""
     twin = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
     twin.grad = torch.zeros_like(twin)
-    other = type(optimizer)([twin])
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)  # whose own constructors need no defaults
+    other = kind([twin])
     other.param_groups[0].update({**optimizer.defaults, 'foreach': None, 'fused': None, 'capturable': False})
     other.step()
     return other.state[twin]

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.config.parts import ARCHITECTURE
+from elan_basicsr.config.parts import ARCHITECTURE, find_type
 from elan_basicsr.config.reader import Source, read_yaml
 from elan_basicsr.config.trials import try_network
 from elan_basicsr.errors import UserError
@@ -114,8 +114,7 @@ class Subject:
         return {'type': arch, **preset, **given}, Source(self.spec)
 
     def _from_options(self, section: dict, source: Source) -> nn.Module:
-        arch = ARCHITECTURE.registered().get(section.get('type', ''))
-        if arch is not None:
+        if arch := ARCHITECTURE.registered().get(section.get('type', '')):
             parameters = inspect.signature(arch).parameters
             factor = next((name for name in ('upscale', 'scale') if name in parameters), None)
             colours = {name: COLOURS for name in ('num_in_ch', 'num_out_ch')
@@ -124,6 +123,7 @@ class Subject:
             if factor:
                 self._check_scale(section[factor], (COLOURS, COLOURS))
         try_network(section, ('network_g',), source)
+        arch = find_type(section, ARCHITECTURE, source, ('network_g',))
         return arch(**{name: value for name, value in section.items() if name != 'type'})
 
     def _check_scale(self, scale: int, channels: tuple[int, int]) -> None:

@@ -9,7 +9,8 @@ through `.data`, as the toolbox's moving average makes them, leave no trace in a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, windows_t
 BAND_NUMBERS = 2**20  # of a map, at most where windows allow: 4 MB
 
 
-def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Tensor:
+def run_body(body: Iterable[Any], x: Tensor, window_sizes: Sequence[int]) -> Tensor:
     """Run all blocks on a padded map. (B, C, H, W) -> the same, a new tensor."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
@@ -28,7 +29,7 @@ def run_body(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int]) -> Ten
     return out
 
 
-def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """A 1x1 convolution as the kernels read it."""
     return packed(conv.weight.flatten(1), conv.bias)
 
@@ -42,6 +43,7 @@ def line_length(width: int) -> int:
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight (D, C) and bias (D) of a 1x1 convolution followed by BatchNorm on its running statistics."""
+    assert norm.running_mean is not None and norm.running_var is not None and conv.bias is not None  # `stand_in` saw
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale * norm.weight if norm.affine else scale
     bias = (conv.bias - norm.running_mean) * scale
@@ -55,7 +57,7 @@ class _Runner:
     that what one of them writes is in the cache for the next.
     """
 
-    def __init__(self, body: nn.ModuleList, image: Tensor, window_sizes: Sequence[int]):
+    def __init__(self, body: Iterable[Any], image: Tensor, window_sizes: Sequence[int]):
         self.body, self.window_sizes = body, window_sizes
         self.c, self.h, self.w = image.shape
         self.width = self.c // len(window_sizes)  # of a group of channels
@@ -90,7 +92,7 @@ class _Runner:
                 self._module(lfe, gmsa)
         return self.x[..., :self.w].transpose(0, 1)
 
-    def _module(self, lfe: nn.Module, gmsa: nn.Module) -> None:
+    def _module(self, lfe: Any, gmsa: Any) -> None:
         """Add local features, then attention, to the map.
 
         Windows are attended to once the rows they lie on have their local features, and rows are projected once all
@@ -118,7 +120,7 @@ class _Runner:
             projected = until
         self.x, self.other = self.other, self.x
 
-    def _groups(self, gmsa: nn.Module) -> list[tuple[int, int, tuple[Tensor, Tensor]]]:
+    def _groups(self, gmsa: Any) -> list[tuple[int, int, tuple[Tensor, Tensor | None]]]:
         """Window, shift and projection of each group."""
         count = len(self.window_sizes)
         parts = zip(*(part.chunk(count) for part in folded(gmsa.project_in, gmsa.norm)), strict=True)

@@ -53,6 +53,12 @@ def _are_of_these_sources(kernels: ctypes.CDLL) -> bool:
         return False
 
 
+def vector_lanes() -> int:
+    """Numbers that the kernels' vectors hold: 8 or 16; 0 where there are no kernels."""
+    found = library()
+    return found.elan_lanes() if found else 0
+
+
 def call(name: str, *arguments: Tensor | int | bool | None) -> None:
     """Call a kernel: tensors as addresses of float32, numbers as integers."""
     getattr(library(), name)(*(ctypes.c_void_p(a.data_ptr() if a is not None else None)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, library, packed, windows_together
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, vector_lanes, windows_together
 
 ROWS = 16  # at a time, at most, as in kernels/gradients.h
 
@@ -25,7 +25,7 @@ _backward_without_autocast = torch.amp.custom_bwd(device_type='cpu')
 _kept = threading.local()
 
 
-def run_block(block: nn.Module, x: Tensor) -> Tensor:
+def run_block(block: Any, x: Tensor) -> Tensor:
     """An ELAB on a padded map. (B, C, H, W) -> the same."""
     y = x.transpose(1, 2).contiguous()
     first = block.gmsa[0]
@@ -34,7 +34,7 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
         y = _Features.apply(y, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
         y = _Attention.apply(y, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
                              gmsa.project_out.weight, gmsa.project_out.bias, gmsa.norm, shared, i)
-    shared.queries = []
+    shared.queries = ()
     return _Block.apply(y.transpose(1, 2), block, x, *block.parameters())
 
 
@@ -43,14 +43,14 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: FunctionCtx, y: Tensor, block: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, block: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.block = block
         ctx.save_for_backward(x)
         return y
 
     @staticmethod
     @_backward_without_autocast
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = *ctx.saved_tensors, *ctx.block.parameters()
         if not torch.is_grad_enabled():
             return grad, None, *(None for _ in inputs)
@@ -89,7 +89,7 @@ class _Sums:
 
     def __init__(self, *shapes: tuple[int, ...], like: Tensor):
         self.shapes, threads = shapes, torch.get_num_threads()
-        lanes = library().elan_lanes()
+        lanes = vector_lanes()
         self.parts = [like.new_zeros(threads, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1
                                      else shape[0]) for shape in shapes]
 
@@ -102,7 +102,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: FunctionCtx, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
         (b, h, c, w), wide = x.shape, len(bias0)
         hidden, out = x.new_empty(b, h, wide, w), torch.empty_like(x)
         room = _room(x, wide * PIXELS)
@@ -114,7 +114,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     @_backward_without_autocast
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         if grad is None:  # `_Block` did the work
             return (None,) * 5
         x, hidden, weight0, weight1 = ctx.saved_tensors
@@ -159,11 +159,12 @@ class _Shared:
             key = (*x.shape, *self.window_sizes, self.modules)
             kept = vars(_kept).pop('later', None)
             if kept is None or kept[0] != key:
-                kept = key, []
+                maps: list[tuple[Tensor, Tensor, Tensor]] = []
+                kept = key, maps
                 for window in self.window_sizes:
                     tasks, tokens = self.tasks(x, window)
                     shape = tasks, self.modules * d, tokens
-                    kept[1].append((x.new_empty(shape), x.new_empty(shape), x.new_empty(tasks, tokens)))
+                    maps.append((x.new_empty(shape), x.new_empty(shape), x.new_empty(tasks, tokens)))
             self.key, self.later = kept
 
     def end_back(self) -> None:
@@ -175,7 +176,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
                 out_weight: Tensor, out_bias: Tensor, norm: nn.BatchNorm2d, shared: _Shared, module: int) -> Tensor:
         z, mean, rstd = _project(x, weight.flatten(1), bias, norm)
         values = z, scale * rstd, offset.clone()
@@ -196,7 +197,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @_backward_without_autocast
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 10
         x, attended, mean, rstd, weight, out_weight, *rest = ctx.saved_tensors
@@ -248,10 +249,12 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> t
     call('elan_project_squares', x, z, *_size(x), len(matrix), *packed(matrix, -centre), *sums.parts,
          torch.get_num_threads())
     var = sums.totals()[0] / count
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(centre + bias, momentum)
-    norm.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+    batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    assert batches is not None and running_mean is not None and running_var is not None  # `stand_in` saw to it
+    batches.add_(1)
+    momentum = 1 / float(batches) if norm.momentum is None else norm.momentum
+    running_mean.lerp_(centre + bias, momentum)
+    running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
     return z, mean, (var + norm.eps).rsqrt()
 
 
