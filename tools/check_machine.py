@@ -44,7 +44,7 @@ def missing():
 def notes(folder):
     """What goes without, or may not fit: lines."""
     if platform.machine() == 'x86_64' and not any(map(shutil.which, ('c++', 'g++', os.environ.get('CXX', '')))):
-        yield (f'without a C++ compiler ELAN takes several times as long on a CPU; a GPU does not need it. To have it, '
+        yield (f'without a C++ compiler ELAN takes two to three times as long on a CPU; a GPU needs none. To have it, '
                f'type {install("compiler")} first')
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
