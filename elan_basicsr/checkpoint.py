@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from elan_basicsr.archs.elan_arch import ELAN, NUM_SHIFT_GROUPS
 from elan_basicsr.errors import UserError
 from elan_basicsr.plain_values import NOTE_KINDS, STATE_KINDS, check_values
-from elan_basicsr.safe_read import bounded_building, opened_records, read_safetensors, read_torch
+from elan_basicsr.safe_read import bounded_building, check_regular, opened_records, read_safetensors, read_torch
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 # Where a masked 3x3 kernel is open for each group of input channels: right, left, below, above, itself.
@@ -102,10 +102,14 @@ def read_training_state(path: str | os.PathLike, expected=('iter', 'epoch', 'opt
 def damage(path: str | os.PathLike) -> str | None:
     """What is wrong with a file that torch.save wrote: missing, cut off, or a record whose CRC-32 does not match."""
     try:
+        check_regular(path)
+    except UserError as error:
+        return str(error).removeprefix(f'{path}: ')
+    try:
         with opened_records(path) as archive:
             bad = archive.testzip()
     except UserError as error:
-        return str(error).removeprefix(f'{path}: ')
+        return f'cut off or damaged ({str(error).removeprefix(f"{path}: ")})'
     return f'damaged at {bad}' if bad else None
 
 

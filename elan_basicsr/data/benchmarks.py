@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import cv2
 
@@ -46,15 +46,26 @@ def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.P
             done.update(_lay_out(source, Path(root), scales, blur))
             continue
         with tempfile.TemporaryDirectory(dir=source.parent if source.parent.is_dir() else None) as unpacked:
-            safely: dict[str, Literal['data']] = {'filter': 'data'} if '.tar' in source.name else {}
             try:
-                shutil.unpack_archive(source, unpacked, **safely)
-            except (OSError, ValueError, shutil.ReadError) as error:
+                _unpack(source, unpacked)
+            except (OSError, ValueError, shutil.ReadError, tarfile.TarError) as error:
                 raise UserError(f'{source}: is neither a folder nor a readable archive ({error})') from None
             done.update(_lay_out(Path(unpacked), Path(root), scales, blur))
     if not done:
         raise UserError(f'{", ".join(map(str, sources))}: no benchmark found, expected folders such as Set5/HR')
     return done
+
+
+def _unpack(source: Path, folder: str) -> None:
+    """Unpack a zip or tar file; of a tar file what is a plain file and stays inside, for any Python."""
+    if not tarfile.is_tarfile(source):
+        shutil.unpack_archive(source, folder)
+        return
+    with tarfile.open(source) as archive:
+        # Python 3.11.2, Debian 12's, has no filters; from 3.12 on one is to be chosen.
+        archive.extraction_filter = getattr(tarfile, 'data_filter', lambda member, path: member)
+        archive.extractall(folder, [member for member in archive
+                                    if member.isfile() and not {'..', '/'} & {*Path(member.name).parts}])
 
 
 def _lay_out(source: Path, root: Path, scales, blur) -> dict[str, int]:

@@ -39,11 +39,14 @@ class StopRequest:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self._restore()
+        # One of several processes may be this far before a signal that was sent to all arrives again, which would end it
+        # otherwise, though all was saved.
+        if not (self._grace and self.cause):
+            self._restore()
 
     def _note(self, number: int, frame) -> None:
-        if self.cause is None:
-            self.cause, self._first = signal.Signals(number).name, time.monotonic()
+        if not self._first:  # it may know already that another process was asked
+            self.cause, self._first = self.cause or signal.Signals(number).name, time.monotonic()
             if not self._grace:
                 self._restore()  # so that the next signal does what it does by default
         elif time.monotonic() - self._first > self._grace:
