@@ -39,8 +39,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        # One of several processes may be this far before a signal that was sent to all arrives again, which would end it
-        # otherwise, though all was saved.
+        # One of several processes may be this far before a signal that was sent to all arrives again, which would
+        # end it otherwise, though all was saved.
         if not (self._grace and self.cause):
             self._restore()
 
