@@ -10,6 +10,7 @@ import gc
 import random
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,11 +39,13 @@ class PatchLoader:
         sampler: Which sample comes when; its `batch_size` is the batch's.
         workers: Loader processes; 0 loads in this one.
         pin_memory: For batches of floats on their way to a GPU.
-        context: How workers start: `fork`, `spawn`, or the platform's way.
+        context: How workers start, such as `spawn`; by default `fork` on Linux, which Python 3.14 does not choose by
+            itself, for workers that load torch anew take seconds and 300 MB each.
     """
 
     def __init__(self, dataset: ToolboxDataset, sampler: StreamSampler, workers: int = 0, pin_memory: bool = False,
                  context: str | None = None):
+        context = context or ('fork' if sys.platform == 'linux' else None)
         self._bytes = None
         if isinstance(dataset, PairedRawLmdbDataset) and (shapes := dataset.batch_shapes):
             self._bytes = _ByteBatches(dataset, shapes, sampler.batch_size, workers)
