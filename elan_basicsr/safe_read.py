@@ -169,7 +169,7 @@ def _check_legacy(file: BinaryIO) -> None:
     parts: list[_Pickle] = []
     file.seek(0)
     raw = file.read(MAX_PICKLE)
-    if not raw.startswith(b'\x80'):  # as a pickle begins
+    if raw and not raw.startswith(b'\x80'):  # as a pickle begins
         raise _Refused('is no PyTorch checkpoint')
     while len(parts) < 5:
         parts.append(_follow(raw[position:]))
