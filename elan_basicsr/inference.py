@@ -56,10 +56,11 @@ def _forward_tiles(net, x: Tensor, scale: int, tile: int, overlap: int) -> Tenso
     h, w = x.shape[2:]
     out = None
     for part in cut_tiles(h, w, tile, overlap):
-        y = net(x[(..., *part.seen)].contiguous())
+        seen, place, inner = ((..., *slices) for slices in (part.seen, part.place(scale), part.inner(scale)))
+        y = net(x[seen].contiguous())
         if out is None:
             out = y.new_empty((*y.shape[:2], h * scale, w * scale))
-        out[(..., *part.place(scale))] = y[(..., *part.inner(scale))]
+        out[place] = y[inner]
     assert out is not None  # an image has a tile
     return out
 

@@ -168,11 +168,12 @@ class _Builder:
                         raise self._error(key_node.start_mark, '<<: expected a section to merge')
                     merged = {**part, **merged}
                 continue
+            here = (*path, key)
             if key in result:
-                raise self._error(key_node.start_mark, f'{".".join((*path, key))}: the key is there twice, first in '
-                                                       f'line {self.lines[(*path, key)]}; remove one')
-            self.lines[(*path, key)] = key_node.start_mark.line + 1
-            result[key] = self._value(value_node, (*path, key), parents)
+                raise self._error(key_node.start_mark, f'{".".join(here)}: the key is there twice, first in '
+                                                       f'line {self.lines[here]}; remove one')
+            self.lines[here] = key_node.start_mark.line + 1
+            result[key] = self._value(value_node, here, parents)
         return {**merged, **result}
 
     def _scalar(self, node):
