@@ -9,7 +9,7 @@ import shutil
 import sys
 
 OLDEST, NEWEST = (3, 10), (3, 14)
-DISK = 9  # GB: PyTorch for CUDA with its libraries, and the rest
+DISK = 7  # GB: PyTorch for CUDA with its libraries, and the rest
 PACKAGES = {  # what to install, by package manager
     'apt-get': {'install': 'apt install', 'python': 'python3 python3-venv', 'venv': 'python3-venv', 'compiler': 'g++'},
     'dnf': {'install': 'dnf install', 'python': 'python3', 'venv': 'python3-libs', 'compiler': 'gcc-c++'},
