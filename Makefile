@@ -2,12 +2,13 @@
 # make test    the whole test suite in that environment
 # make test-all    the same on every Python from 3.10 to 3.14 that this machine has, each in an environment of its own
 # make cluster-test    a training under SLURM and over two hosts, both made here for it; needs root and Debian
+# make gpu-test    the tests that need a GPU
 # make lint    the linter and the type checker
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all cluster-test lint venv
+.PHONY: demo test test-all cluster-test gpu-test lint venv
 
 demo: venv
 	$(BIN)/python tools/demo.py
@@ -25,6 +26,9 @@ cluster-test: venv
 	failed=; for test in slurm two_nodes; do \
 	    PYTHON=$(abspath $(BIN))/python timeout --kill-after=30 1200 tests/cluster/$$test.sh || failed=yes; \
 	done; test -z "$$failed"
+
+gpu-test: venv
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: venv
 	$(BIN)/ruff check .
