@@ -154,17 +154,14 @@ def resume_without_gpu() -> bool:
     """`load_resume_state` asks CUDA for its current device, and looks for `--auto_resume` states under the working
     directory while the run writes them under `root_path`.
 
-    Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107.
+    Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107. The replacement reads to the
+    CPU on every machine; what takes the state over moves it.
     """
-    import torch
-
     import basicsr.train
     upstream = basicsr.train.load_resume_state
 
     @functools.wraps(upstream)
     def load_resume_state(opt):
-        if torch.cuda.is_available():
-            return upstream(opt)
         states = opt['path'].get('training_states')
         if opt.get('auto_resume') and states and os.path.isdir(states):
             iters = [int(name[:-len('.state')]) for name in os.listdir(states) if re.fullmatch(r'\d+\.state', name)]
@@ -205,7 +202,8 @@ def process_group_without_gpu() -> bool:
     """`init_dist` sets a CUDA device by `rank % number of GPUs` and asks for NCCL on every machine.
 
     Upstream on training without a GPU: https://github.com/XPixelGroup/BasicSR/issues/107. Without a GPU the group
-    starts with gloo from the variables torchrun sets, or from SLURM's with MASTER_ADDR.
+    starts with gloo from the variables torchrun sets, or from SLURM's with MASTER_ADDR. With one it is not known yet
+    here whether the run uses it (`num_gpu: 0`): so tensors on a CPU go by gloo, and those on a GPU by NCCL.
     """
     import torch
 
@@ -215,7 +213,7 @@ def process_group_without_gpu() -> bool:
     @functools.wraps(upstream)
     def init_dist(launcher, backend='nccl', **kwargs):
         if torch.cuda.is_available():
-            return upstream(launcher, backend, **kwargs)
+            return upstream(launcher, 'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, **kwargs)
         if launcher == 'slurm':
             for ours, theirs in (('RANK', 'SLURM_PROCID'), ('WORLD_SIZE', 'SLURM_NTASKS')):
                 os.environ.setdefault(ours, os.environ[theirs])

@@ -64,6 +64,18 @@ def test_force_yml_of_the_toolbox_runs_nothing(entry, tmp_path, monkeypatch):
     assert not os.path.exists('ran')
 
 
+def test_processes_of_the_toolbox_meet_on_a_gpu_host_whatever_they_use(monkeypatch):
+    """`num_gpu` is read after they have met, so tensors on a CPU have to have a way as well."""
+    met = []
+    for name in ('is_available', 'device_count', 'set_device'):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: 1)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: met.append(backend))
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setattr(torch.multiprocessing, 'get_start_method', lambda allow_none: 'fork')
+    upstream.init_dist('pytorch')
+    assert met == ['cpu:gloo,cuda:nccl']
+
+
 def test_doctor_finds_everything_registered(capsys):
     assert main(['doctor']) == 0
     printed = capsys.readouterr().out

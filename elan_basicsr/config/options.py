@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from os import path as osp
 
 import torch
@@ -14,7 +15,7 @@ DEBUG_FREQUENCY = 8
 
 
 def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force_yml=(), debug: bool = False,
-                 auto_resume: bool = False, root: str | None = None) -> dict:
+                 auto_resume: bool = False, root: str | None = None, launched: bool = False) -> dict:
     """The options of a run, as BasicSR's own parser would leave them, without its `eval`, `exec` and tag handling.
 
     Args:
@@ -25,6 +26,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
         debug: BasicSR's debug run: its name, and log, save and validation frequencies.
         auto_resume: Continue from the newest checkpoint of the run.
         root: Folder of `experiments`, `results` and `tb_logger`; the current one by default.
+        launched: Whether the run is one of several processes with a GPU each, rather than one process with one GPU.
 
     Returns:
         A dict of plain values. `notices` lists lines the log should show. `dist`, `rank`, `world_size` and a missing
@@ -42,7 +44,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
     opt['path'] = opt.get('path') or {}
     opt['notices'] = []
-    _choose_device(opt, source)
+    _choose_device(opt, source, launched)
     if debug and not opt['name'].startswith('debug'):
         opt['name'] = f'debug_{opt["name"]}'
     _complete_datasets(opt)
@@ -53,16 +55,29 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     return opt
 
 
-def _choose_device(opt: dict, source: Source) -> None:
-    present, wanted = torch.cuda.device_count(), opt.get('num_gpu', KEYS['num_gpu'][2])
+def _choose_device(opt: dict, source: Source, launched: bool) -> None:
+    wanted = opt.get('num_gpu', KEYS['num_gpu'][2])
+    present = torch.cuda.device_count() if wanted else 0
     opt['num_gpu'] = present if wanted == 'auto' else min(wanted, present)
-    if wanted == 'auto' and not present:
+    if opt['num_gpu'] > 1 and not launched:
+        command = (f'torchrun --nproc_per_node {opt["num_gpu"]} -m elan_basicsr '
+                   f'{"train" if opt["is_train"] else "test"} -opt {shlex.quote(source.file)}')
+        if wanted != 'auto':
+            raise source.error('num_gpu', f'is {wanted}, and each GPU takes a process of its own, as in {command}; '
+                                          'expected auto, 1 or 0 for a single process')
+        opt['notices'].append(f'num_gpu: auto takes one of {present} GPUs; for all: {command}')
+        opt['num_gpu'] = 1
+    elif wanted == 'auto' and not present:
         opt['notices'].append('num_gpu: auto found no GPU; running on the CPU.')
     elif wanted != 'auto' and wanted > present:
         opt['notices'].append(f'num_gpu: {wanted} asked for, {present} there; running on '
                               f'{f"{present} GPUs" if present else "the CPU"}.')
     if opt['is_train'] and opt['train'].get('amp') == 'fp16' and opt['num_gpu'] == 0:
         raise source.error('train.amp', 'fp16 needs a GPU, and there is none; expected bf16 or false')
+    if launched and (opt.get('dist_params') or {}).get('backend') == 'nccl' and opt['num_gpu'] == 0:
+        raise source.error('dist_params.backend', 'nccl needs a GPU for each process, and '
+                           f'{"num_gpu is 0" if wanted == 0 else "there is none"}; expected gloo, or none for the one '
+                           'that suits')
 
 
 def _complete_datasets(opt: dict) -> None:

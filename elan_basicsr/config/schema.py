@@ -77,6 +77,7 @@ SEED = kind('an integer from 0 to 4294967295, or null for a random one', type=['
 GPUS = kind('auto or an integer from 0', anyOf=[{'const': 'auto'}, {'type': 'integer', 'minimum': 0}])
 NETWORKS = kind('a list of networks such as [network_d]', type=['array', 'null'], items=_TEXT, minItems=1)
 AMP = _one_of('bf16', 'fp16', False, None)
+BACKEND = _one_of('nccl', 'gloo', None)
 
 # ------------------------------------------------------------------------------------------------- the keys
 
@@ -86,7 +87,7 @@ KEYS: dict[str, tuple] = {
     'name': (NAME, 'A name for the run and its folder under experiments/ or results/.'),
     'model_type': (type_of('a model such as ELANModel'), 'The model: how the networks are trained and tested.'),
     'scale': (SCALE, 'Enlargement, as the network makes it.'),
-    'num_gpu': (GPUS, 'How many GPUs; auto: all that are visible; 0: the CPU.', 'auto'),
+    'num_gpu': (GPUS, 'auto: a GPU, if there is one, for each process; several take torchrun; 0: the CPU.', 'auto'),
     'manual_seed': (SEED, 'Seed of weights, samples and augmentations.'),
     'find_unused_parameters': (SWITCH, 'On several processes: look for weights that an iteration did not use.', False),
     'compile': (SWITCH, '`torch.compile` for training: slower to start, faster to run.', False),
@@ -199,7 +200,7 @@ KEYS: dict[str, tuple] = {
     'logger.wandb.resume_id': (TEXT_OR_NONE, 'The id of a run to go on with.', None),
 
     'dist_params': (SECTION_OR_NONE, 'For several processes; read by the launchers.'),
-    'dist_params.backend': (TEXT, 'nccl on GPUs; without one gloo is used.', 'nccl'),
+    'dist_params.backend': (BACKEND, 'What they meet by; without it nccl on GPUs and gloo on CPUs.', None),
     'dist_params.port': (COUNT, 'Port of the first process, under SLURM.', 29500),
     'dist_params.timeout': (POSITIVE, 'Seconds that processes wait for each other.', 600),
 }

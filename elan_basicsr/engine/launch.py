@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import socket
 import subprocess
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ _STARTED_BY = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 _DEFAULT_PORT = '29500'  # torch.distributed's own
 TIMEOUT = 600
 """Seconds that a process waits for the others; `dist_params.timeout` overrides it."""
-_NOTICE = 5  # seconds for all processes to notice that one is lost
+_NOTICE = 5  # seconds for all processes to notice that one is lost, and for a process to leave the others
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ def detect_launcher() -> str:
     if 'OMPI_COMM_WORLD_SIZE' in os.environ or {'PMI_SIZE', 'MPI_LOCALRANKID'} <= os.environ.keys():
         return 'mpi'
     return 'none'
+
+
+def launched(launcher: str | None = None) -> bool:
+    """Whether a launcher starts the run's processes, one for each GPU; `launcher` is the one that was named, if any."""
+    return (launcher or detect_launcher()) != 'none'
 
 
 def read_environment(launcher: str | None = None) -> Processes:
@@ -104,12 +112,19 @@ def _first_host(launcher: str, world_size: int) -> str:
 
 
 @contextmanager
-def process_group(launcher: str | None = None, timeout: float | None = None) -> Iterator[Processes]:
-    """Join the run's processes, on NCCL with a GPU for each or on gloo without, and leave them at the end.
+def process_group(launcher: str | None = None, *, backend: str = 'gloo', gpu: bool = False,
+                  timeout: float = TIMEOUT) -> Iterator[Processes]:
+    """Join the run's processes, and leave them at the end.
+
+    The body is one call: what refers to the group, as DistributedDataParallel does, has to be local to the function
+    that is called. It is gone then before the group is left, which otherwise may wait for ever: a reference in C++ that
+    is the last one waits for the group's threads with the interpreter's lock, which they need.
 
     Args:
         launcher: See `read_environment`.
-        timeout: Seconds after which a process that waits for the others gives up; TIMEOUT by default.
+        backend: `nccl` or `gloo`.
+        gpu: Whether each process has a GPU, by its number on this host; otherwise none is looked at.
+        timeout: Seconds after which a process that waits for the others gives up.
 
     Raises:
         UserError: The environment is wrong, or the processes do not meet.
@@ -119,29 +134,47 @@ def process_group(launcher: str | None = None, timeout: float | None = None) -> 
     if not processes.distributed:
         yield processes
         return
-    backend = 'gloo'
-    if torch.cuda.is_available():
-        backend = 'nccl'
+    _meet(processes, backend, gpu, timeout)
+    try:
+        yield processes
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or 'gloo' in str(error))
+        missing = _who_is_missing(processes) if lost else ''
+        _clear_frames(error)
+        gc.collect()
+        # Leaving waits for what is under way with processes that may be gone, so not for long; if it were not begun,
+        # the interpreter would do it at its end, when the group's threads no longer get its lock.
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_NOTICE)
+        if not lost:
+            raise
+        raise RunLost(f'process {processes.rank} of {processes.world_size} lost the others: {missing} (waits end after '
+                      f'{timeout:g} s, dist_params.timeout; resume with --auto_resume)') from error
+    gc.collect()  # a network in DistributedDataParallel is part of a cycle
+    dist.destroy_process_group()
+
+
+def _meet(processes: Processes, backend: str, gpu: bool, timeout: float) -> None:
+    if gpu:
         if processes.local_rank >= torch.cuda.device_count():
             raise UserError(f'local rank {processes.local_rank} has no GPU of its own: {torch.cuda.device_count()} on '
                             'this host; start one process per GPU')
         torch.cuda.set_device(processes.local_rank)
     try:
-        timeout = timeout or TIMEOUT
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout),
+                                device_id=torch.device('cuda', processes.local_rank) if backend == 'nccl' else None)
     except (ValueError, RuntimeError) as error:
         raise UserError(f'the {processes.world_size} processes could not meet at {os.environ["MASTER_ADDR"]}:'
                         f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}') from error
-    try:
-        yield processes
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-            raise
-        raise RunLost(f'process {processes.rank} of {processes.world_size} lost the others: '
-                      f'{_who_is_missing(processes)} (waits end after {timeout:g} s, dist_params.timeout; resume with '
-                      '--auto_resume)') from error
-    # Not after an error: leaving would wait for processes that are gone.
-    dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the variables of the functions that an error came through, and those before it."""
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+        _clear_frames(error.__cause__)
+        _clear_frames(error.__context__)
 
 
 def _who_is_missing(processes: Processes) -> str:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from elan_basicsr.data.sampling import ToolboxDataset
-from elan_basicsr.engine.launch import Processes
+from elan_basicsr.engine.launch import TIMEOUT, Processes
 from elan_basicsr.errors import UserError
 
 from basicsr.data import build_dataset
@@ -26,9 +26,11 @@ from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
 
 
-def waiting_time(opt: dict) -> float | None:
-    """Seconds that a process waits for the others, if the options say."""
-    return (opt.get('dist_params') or {}).get('timeout')
+def meeting(opt: dict) -> dict:
+    """How the processes of a run meet, the arguments of `launch.process_group`."""
+    chosen, gpu = opt.get('dist_params') or {}, opt['num_gpu'] > 0
+    return {'gpu': gpu, 'backend': chosen.get('backend') or ('nccl' if gpu else 'gloo'),
+            'timeout': chosen.get('timeout') or TIMEOUT}
 
 
 def join_run(opt: dict, processes: Processes) -> None:

@@ -3,14 +3,14 @@ from __future__ import annotations
 
 from elan_basicsr.config.options import load_options
 from elan_basicsr.data.sampling import seed_all
-from elan_basicsr.engine.launch import process_group
+from elan_basicsr.engine.launch import Processes, launched, process_group
 from elan_basicsr.engine.run import (
     build_validation_loaders,
     disk_errors_named,
     join_run,
+    meeting,
     open_log,
     set_backends,
-    waiting_time,
 )
 
 from basicsr.models import build_model
@@ -23,19 +23,24 @@ def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = No
     Raises:
         UserError: An option, a dataset or a checkpoint is wrong.
     """
-    opt = load_options(opt_path, is_train=False, overrides=overrides, force_yml=force_yml, root=root)
-    with disk_errors_named(), process_group(launcher, waiting_time(opt)) as processes:
-        join_run(opt, processes)
-        set_backends(opt)
-        seed_all(opt['manual_seed'])
-        make_exp_dirs(opt)
-        if opt['dist']:
-            import torch.distributed as dist
-            dist.barrier()  # the folders stand before anyone writes into them
-        logger = open_log(opt, 'test')
-        loaders = build_validation_loaders(opt, ('test', 'val'))
-        model = build_model(opt)
-        for phase, loader in loaders.items():
-            logger.info(f'Testing {opt["datasets"][phase]["name"]}...')
-            model.validation(loader, opt['name'], tb_logger=None, save_img=opt['val'].get('save_img', False))
+    opt = load_options(opt_path, is_train=False, overrides=overrides, force_yml=force_yml, root=root,
+                       launched=launched(launcher))
+    with disk_errors_named(), process_group(launcher, **meeting(opt)) as processes:
+        _test(opt, processes)
     return 0
+
+
+def _test(opt: dict, processes: Processes) -> None:
+    join_run(opt, processes)
+    set_backends(opt)
+    seed_all(opt['manual_seed'])
+    make_exp_dirs(opt)
+    if opt['dist']:
+        import torch.distributed as dist
+        dist.barrier()  # the folders stand before anyone writes into them
+    logger = open_log(opt, 'test')
+    loaders = build_validation_loaders(opt, ('test', 'val'))
+    model = build_model(opt)
+    for phase, loader in loaders.items():
+        logger.info(f'Testing {opt["datasets"][phase]["name"]}...')
+        model.validation(loader, opt['name'], tb_logger=None, save_img=opt['val'].get('save_img', False))

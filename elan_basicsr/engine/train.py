@@ -20,7 +20,7 @@ from elan_basicsr.config.options import load_options
 from elan_basicsr.data.loader import PatchLoader, dead_workers_named, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
-from elan_basicsr.engine.launch import process_group
+from elan_basicsr.engine.launch import Processes, launched, process_group
 from elan_basicsr.engine.resume import find_resume_state, saved_states
 from elan_basicsr.engine.run import (
     build_checked_dataset,
@@ -28,10 +28,10 @@ from elan_basicsr.engine.run import (
     disk_errors_named,
     join_run,
     keep_freed_memory,
+    meeting,
     on_terminal,
     open_log,
     set_backends,
-    waiting_time,
 )
 from elan_basicsr.models.saving import save_whole_files
 from elan_basicsr.models.state_checks import check_training_state
@@ -56,33 +56,39 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
         UserError: An option, a dataset or a checkpoint is wrong, or the loss is no longer finite.
     """
     opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
-                       auto_resume=auto_resume, root=root)
-    with (disk_errors_named(), process_group(launcher, waiting_time(opt)) as processes,
+                       auto_resume=auto_resume, root=root, launched=launched(launcher))
+    with (disk_errors_named(), process_group(launcher, **meeting(opt)) as processes,
           StopRequest(processes.distributed) as stop):
-        join_run(opt, processes)
-        set_backends(opt)
-        if opt['num_gpu'] == 0:
-            keep_freed_memory()
-        resume_state = open_run(opt, opt_path)
-        logger = open_log(opt, 'train')
-        tb_logger = init_tb_loggers(opt)
-        train_set = build_checked_dataset(opt, 'train')
-        validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else {}
-        seed_all(opt['manual_seed'])  # the same initial weights on every process
-        model = build_model(opt)
-        save_whole_files(model)
-        if resume_state:
-            check_training_state(model, resume_state, opt['path']['resume_state'])
-            model.resume_training(resume_state)
-        run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
-        try:
-            with dead_workers_named():
-                finished = run.loop(stop)
-        finally:
-            run.loader.close()
-        if tb_logger:
-            tb_logger.close()
+        finished = _train(opt, opt_path, processes, stop)
     return 0 if finished else EXIT_STOPPED
+
+
+def _train(opt: dict, opt_path: str, processes: Processes, stop: StopRequest) -> bool:
+    """Train as one of `processes`; tell whether the last iteration was reached."""
+    join_run(opt, processes)
+    set_backends(opt)
+    if opt['num_gpu'] == 0:
+        keep_freed_memory()
+    resume_state = open_run(opt, opt_path)
+    logger = open_log(opt, 'train')
+    tb_logger = init_tb_loggers(opt)
+    train_set = build_checked_dataset(opt, 'train')
+    validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else {}
+    seed_all(opt['manual_seed'])  # the same initial weights on every process
+    model = build_model(opt)
+    save_whole_files(model)
+    if resume_state:
+        check_training_state(model, resume_state, opt['path']['resume_state'])
+        model.resume_training(resume_state)
+    run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
+    try:
+        with dead_workers_named():
+            finished = run.loop(stop)
+    finally:
+        run.loader.close()
+    if tb_logger:
+        tb_logger.close()
+    return finished
 
 
 def open_run(opt: dict, opt_path: str) -> dict | None:
@@ -129,8 +135,6 @@ class Training:
         self.total = int(opt['train']['total_iter'])
         self.data_opt = opt['datasets']['train']
         self.batch_size = self.data_opt['batch_size_per_gpu']
-        if not opt['dist']:  # DataParallel shares one batch among the GPUs
-            self.batch_size *= max(opt['num_gpu'], 1)
         self.step_size = self.batch_size * opt['world_size']
         self.samples = resume_state.get('samples', self.iteration * self.step_size) if resume_state else 0
         self.validation_due = bool(resume_state and resume_state.get('validation_due') and validation)
@@ -148,10 +152,9 @@ class Training:
 
     def _build_loader(self, train_set) -> PatchLoader:
         opt = self.opt
-        workers = self.data_opt.get('num_worker_per_gpu', 0) * (1 if opt['dist'] else max(opt['num_gpu'], 1))
         sampler = StreamSampler(len(train_set), self.batch_size, opt['manual_seed'], opt['rank'], opt['world_size'],
                                 start=self.samples)
-        return PatchLoader(train_set, sampler, workers,
+        return PatchLoader(train_set, sampler, self.data_opt.get('num_worker_per_gpu', 0),
                            pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
 
     @property

@@ -39,7 +39,7 @@ def read_pairs(data: Sequence[str], opt: str | None, scale: int) -> Iterator[Pai
     for folder in data:
         yield from _pairs_of_folder(Path(folder), scale)
     if opt:
-        options = load_options(opt, is_train=False, overrides=['path.pretrain_network_g=~'])
+        options = load_options(opt, is_train=False, overrides=['path.pretrain_network_g=~', 'num_gpu=0'])
         phases = [phase for phase in options['datasets'] if phase.split('_')[0] in ('test', 'val')]
         if options.get('scale', scale) != scale:
             raise UserError(f'{opt}: scale: {options["scale"]} there, the networks are x{scale}')

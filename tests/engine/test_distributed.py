@@ -19,8 +19,9 @@ from elan_basicsr.config.options import load_options
 from elan_basicsr.engine.interrupt import EXIT_STOPPED
 from elan_basicsr.engine.launch import process_group, read_environment
 from elan_basicsr.engine.resume import _own_state
-from elan_basicsr.engine.run import join_run
+from elan_basicsr.engine.run import join_run, meeting
 from elan_basicsr.errors import UserError
+from tests.conftest import ROOT, with_checkout
 from tests.engine.test_train import assert_same_run, write
 
 from basicsr.models import build_model
@@ -34,17 +35,17 @@ def free_port() -> str:
 
 def environment(rank: int, size: int, port: str) -> dict[str, str]:
     return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(size), 'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': port, 'OMP_NUM_THREADS': '1'}
+            'MASTER_PORT': port, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': with_checkout()}
 
 
-def start(size: int, *arguments: str) -> list[subprocess.Popen]:
+def start(size: int, *arguments: str, program: tuple[str, ...] = ('-m', 'elan_basicsr')) -> list[subprocess.Popen]:
     """`basicsr ARGUMENTS` in processes of sessions of their own, each with its output in `output.RANK`."""
     port = free_port()
     processes = []
     for rank in range(size):
         with open(f'output.{rank}', 'w') as log:
             processes.append(subprocess.Popen(
-                [sys.executable, '-m', 'elan_basicsr', *arguments], env={**os.environ, **environment(rank, size, port)},
+                [sys.executable, *program, *arguments], env={**os.environ, **environment(rank, size, port)},
                 stdout=log, stderr=log, start_new_session=True))
     return processes
 
@@ -75,12 +76,17 @@ def endless(options) -> str:
     return write(options, dist_params={'timeout': 10})
 
 
+def write_test(options) -> str:
+    """The options of a test with the network and the images of the training."""
+    test = {key: options[key] for key in ('model_type', 'scale', 'num_gpu', 'manual_seed', 'network_g', 'path')}
+    test.update(name='check', datasets={'test_1': options['datasets']['val']}, val={**options['val'], 'save_img': True})
+    return write(test, 'test.yml')
+
+
 @pytest.mark.slow
 def test_three_processes_measure_what_one_does(options):
     """Three images on two processes do not divide evenly."""
-    test = {key: options[key] for key in ('model_type', 'scale', 'num_gpu', 'manual_seed', 'network_g', 'path')}
-    test.update(name='check', datasets={'test_1': options['datasets']['val']}, val={**options['val'], 'save_img': True})
-    file = write(test, 'test.yml')
+    file = write_test(options)
     seen = {}
     for size in (1, 2, 3):
         assert finish(start(size, 'test', '-opt', file)) == [0] * size
@@ -101,6 +107,126 @@ def test_a_process_that_dies_ends_the_others_with_one_line(options):
     errors = [line for line in Path('output.0').read_text().splitlines() if line.startswith('basicsr: error:')]
     assert len(errors) == 1
     assert 'process 0 of 2 lost the others: no answer from 1' in errors[0] and '--auto_resume' in errors[0]
+
+
+LEAVING = """
+import sys, weakref
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as Parallel
+made, places, build, destroy = [], set(), Parallel.__init__, dist.destroy_process_group
+def noting(self, *args, **kwargs):
+    build(self, *args, **kwargs)
+    made.extend([weakref.ref(self), weakref.ref(self.reducer)])
+    places.update(each.device.type for each in self.parameters())
+def telling():
+    left = [type(each()).__name__ for each in made if each()]
+    print(f'{dist.get_backend()} on {places}: {len(made)} made, left: {left}', flush=True)
+    destroy()
+Parallel.__init__, dist.destroy_process_group = noting, telling
+from elan_basicsr.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end, codes', [
+    ('test', [0, 0]), ('train', [0, 0]), ('signal', [EXIT_STOPPED] * 2), ('error', [2, 2]),
+    ('death', [1, -signal.SIGKILL])])
+def test_nothing_refers_to_the_processes_when_they_are_left(options, end, codes):
+    """Whoever holds the last reference in C++ waits with the interpreter's lock for threads that need it."""
+    Path('leaving.py').write_text(LEAVING)
+    if end == 'error':
+        options['train']['optim_g']['lr'] = 1e30
+    file = write_test(options) if end == 'test' else endless(options) if end in ('signal', 'death') else write(options)
+    processes = start(2, 'test' if end == 'test' else 'train', '-opt', file, program=('leaving.py',))
+    if end in ('signal', 'death'):
+        until(processes, 'iter:       3')
+        for process in processes[1:] if end == 'death' else processes:
+            process.send_signal(signal.SIGKILL if end == 'death' else signal.SIGTERM)
+    assert finish(processes, seconds=60) == codes
+    for rank in range(1 if end == 'death' else 2):
+        output = Path(f'output.{rank}').read_text()
+        assert "gloo on {'cpu'}: 2 made, left: []" in output, output
+
+
+UNTOUCHED = """
+import sys
+import torch
+def untouchable(name):
+    def touched(*args, **kwargs):
+        raise AssertionError(f'torch.cuda.{name} was called')
+    return touched
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+for name in ('set_device', 'current_device', '_lazy_init'):
+    setattr(torch.cuda, name, untouchable(name))
+from elan_basicsr.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_on_a_host_with_a_gpu_num_gpu_0_touches_none(options):
+    """Two processes, and one GPU that fails whoever asks for it; torch's Adam does on its own, and so is not used."""
+    options['train']['optim_g'] = {'type': 'SGD', 'lr': 1e-3}
+    for command, file in (('train', write(options)), ('test', write_test(options))):
+        processes = start(2, command, '-opt', file, program=('-c', UNTOUCHED))
+        assert finish(processes) == [0, 0], Path('output.0').read_text()
+
+
+def torchrun(size: int, *arguments: str) -> list[subprocess.Popen]:
+    """LEAVING's `basicsr ARGUMENTS` in so many processes of torchrun, which alone is returned."""
+    Path('leaving.py').write_text(LEAVING)
+    return start(1, *arguments, program=('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(size),
+                                         'leaving.py'))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize('size, backend', [('one', 'nccl'), ('one', 'gloo'), ('all', 'nccl')])
+def test_gpus_train_and_measure_under_torchrun(options, size, backend):
+    """A GPU for each process trains by NCCL or gloo, and the trained network's figures are those of one process."""
+    processes = torch.cuda.device_count() if size == 'all' else 1
+    options.update(num_gpu='auto', dist_params={'backend': backend})
+    assert finish(torchrun(processes, 'train', '-opt', write(options)), 300) == [0], Path('output.0').read_text()
+    assert Path('output.0').read_text().count(f"{backend} on {{'cuda'}}: 2 made, left: []") == processes
+    options['path']['pretrain_network_g'] = 'experiments/run/models/net_g_8.pth'
+    command = 'test', '-opt', write_test(options), '--set', 'deterministic=true', f'dist_params.backend={backend}'
+    figures = []
+    for begin in (lambda: start(1, *command, '--launcher', 'none'), lambda: torchrun(processes, *command)):
+        assert finish(begin(), 300) == [0], Path('output.0').read_text()
+        figures.append(re.findall(r'# (\w+: [\d.]+)', Path('output.0').read_text()))
+    assert len(figures[0]) == 2 and figures[0] == figures[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_what_gpus_have_trained(options):
+    """The processes agree by NCCL to stop, save, and go on from there."""
+    options['num_gpu'] = 'auto'
+    file, size = endless(options), torch.cuda.device_count()
+    processes = torchrun(size, 'train', '-opt', file)
+    until(processes, 'iter:       3')
+    processes[0].terminate()
+    assert finish(processes, seconds=60) == [1]
+    stopped = re.search(r'SIGTERM: stopped and saved at iteration (\d+)', Path('output.0').read_text())
+    assert stopped and Path('output.0').read_text().count("nccl on {'cuda'}: 2 made, left: []") == size
+    total = f'train.total_iter={int(stopped[1]) + 1}'
+    assert finish(torchrun(size, 'train', '-opt', file, '--auto_resume', '--set', total), 300) == [0]
+    assert f'iter: {stopped[1]}' in Path('output.0').read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_torchrun_ends_all_when_a_process_with_a_gpu_dies(options):
+    """Those that wait for it in NCCL answer no signal: torchrun kills them, and exits with 1."""
+    options['num_gpu'] = 'auto'
+    processes = torchrun(torch.cuda.device_count(), 'train', '-opt', endless(options))
+    until(processes, 'iter:       3')
+    agent = processes[0].pid
+    workers = [int(pid) for pid in Path(f'/proc/{agent}/task/{agent}/children').read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert finish(processes, seconds=100) == [1]
+    assert not any(Path(f'/proc/{worker}').exists() for worker in workers)
 
 
 @pytest.mark.slow
@@ -161,7 +287,6 @@ def test_a_process_that_was_not_there_starts_with_an_empty_pool(tmp_path):
 
 def write_real(options) -> dict:
     """What turns the options into those of RealELANNet on the same photographs."""
-    from tests.conftest import ROOT
     real = yaml.safe_load((ROOT / 'options' / 'train_RealELANNet_x4.yml').read_text())
     photographs = Path(options['datasets']['train']['dataroot_gt']).parents[1] / 'photographs'
     names = sorted(path.name for path in photographs.iterdir())
@@ -175,28 +300,50 @@ def write_real(options) -> dict:
                 'print_freq': 1, 'save_checkpoint_freq': 2, 'use_tb_logger': False}}
 
 
-def test_accumulation_synchronises_once(options, monkeypatch):
+@pytest.mark.parametrize('parts', [1, 4])
+def test_accumulation_synchronises_once(options, monkeypatch, parts):
     """Gradients travel with the last part of a batch only: as often as without accumulation."""
     for name, value in environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
-    file = write(options)
+    opt = load_options(write(options), is_train=True, overrides=[f'train.accumulate={parts}'])
     with process_group('pytorch') as processes:
-        for parts in (1, 4):
-            opt = load_options(file, is_train=True, overrides=[f'train.accumulate={parts}'])
-            join_run(opt, processes)
-            model = build_model(opt)
-            travelled = []
+        join_run(opt, processes)
+        assert _travels(opt) == [1, 1, 1]
 
-            def hook(seen, bucket):
-                seen.append(bucket.index())
-                return allreduce_hook(None, bucket)
 
-            model.net_g.register_comm_hook(travelled, hook)
-            for step in range(1, 4):
-                model.feed_data({'lq': torch.rand(4, 3, 16, 16), 'gt': torch.rand(4, 3, 32, 32), 'lq_path': ['a'] * 4})
-                travelled.clear()
-                model.optimize_parameters(step)
-                assert travelled.count(0) == 1, (parts, step)
+def _travels(opt: dict) -> list[int]:
+    """How often the first bucket of gradients travels in each of three iterations."""
+    model = build_model(opt)
+    travelled = []
+
+    def hook(seen, bucket):
+        seen.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    model.net_g.register_comm_hook(travelled, hook)
+    counts = []
+    for step in range(1, 4):
+        model.feed_data({'lq': torch.rand(4, 3, 16, 16), 'gt': torch.rand(4, 3, 32, 32), 'lq_path': ['a'] * 4})
+        travelled.clear()
+        model.optimize_parameters(step)
+        counts.append(travelled.count(0))
+    return counts
+
+
+def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
+    """On NCCL the group is told which, so that none has to be guessed; with gloo it is the process's all the same."""
+    for name, value in environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    taken, met = [], []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', taken.append)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, timeout, device_id: met.append(
+        (backend, device_id)))
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: None)
+    for chosen in ({}, {'backend': None}, {'backend': 'gloo'}):
+        with process_group('pytorch', **meeting({'num_gpu': 2, 'dist_params': chosen})):
+            pass
+    assert met == [('nccl', torch.device('cuda', 1))] * 2 + [('gloo', None)] and taken == [1, 1, 1]
 
 
 @pytest.mark.parametrize('launcher, variables, message', [

@@ -134,7 +134,7 @@ def line_of(text: str, start: str) -> int:
 def test_a_training_file_arrives_complete(folder):
     opt = load_options(write(TRAIN), is_train=True)
     assert opt['is_train'] is True and opt['auto_resume'] is False and opt['root_path'] == str(folder)
-    assert opt['num_gpu'] == torch.cuda.device_count()
+    assert opt['num_gpu'] == min(torch.cuda.device_count(), 1)
     assert opt['datasets']['train']['phase'] == 'train' and opt['datasets']['val']['scale'] == 2
     run = folder / 'experiments' / 'run'
     assert opt['path'] == {'pretrain_network_g': None, 'strict_load_g': True, 'resume_state': None,
@@ -169,6 +169,38 @@ def test_without_a_gpu_the_run_is_on_the_cpu_and_says_so(asked):
     opt = load_options(write(TRAIN.replace('num_gpu: auto', f'num_gpu: {asked}')), is_train=True)
     assert opt['num_gpu'] == 0
     assert len(opt['notices']) == 1 and asked in opt['notices'][0] and 'CPU' in opt['notices'][0]
+
+
+def test_a_process_takes_one_gpu_and_says_how_to_take_all(monkeypatch):
+    """No DataParallel: its threads know nothing of autocast's dtype, and it takes more GPUs than it was told to."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    opt = load_options(write(TRAIN), is_train=True)
+    assert opt['num_gpu'] == 1
+    assert opt['notices'] == ['num_gpu: auto takes one of 4 GPUs; for all: torchrun --nproc_per_node 4 '
+                              '-m elan_basicsr train -opt options.yml']
+    for text, is_train in ((TRAIN.replace('num_gpu: auto', 'num_gpu: 2'), True),
+                           (TEST.replace('num_gpu: 0', 'num_gpu: 2'), False)):
+        command = f'torchrun --nproc_per_node 2 -m elan_basicsr {"train" if is_train else "test"} -opt options.yml;'
+        with pytest.raises(UserError, match=command) as caught:
+            load_options(write(text), is_train=is_train)
+        assert str(caught.value).startswith(f'options.yml:{line_of(text, "num_gpu")}: num_gpu: is 2')
+        assert load_options(write(text), is_train=is_train, launched=True)['num_gpu'] == 2
+
+
+def test_with_num_gpu_0_no_gpu_is_looked_at(monkeypatch):
+    monkeypatch.delattr(torch.cuda, 'device_count')
+    assert load_options(write(TRAIN.replace('num_gpu: auto', 'num_gpu: 0')), is_train=True)['num_gpu'] == 0
+
+
+@pytest.mark.parametrize('gpus, backend, message', [
+    ('0', 'nccl', 'dist_params.backend: nccl needs a GPU for each process, and num_gpu is 0; expected gloo'),
+    ('auto', 'nccl', 'dist_params.backend: nccl needs a GPU for each process, and there is none; expected gloo'),
+    ('0', 'mpi', "dist_params.backend: is 'mpi', expected nccl or gloo or null")])
+def test_processes_that_cannot_meet_are_told(gpus, backend, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    text = TRAIN.replace('num_gpu: auto', f'num_gpu: {gpus}') + f'dist_params:\n  backend: {backend}\n'
+    with pytest.raises(UserError, match=message):
+        load_options(write(text), is_train=True, launched=True)
 
 
 def test_debug_renames_the_run_and_shortens_its_periods():

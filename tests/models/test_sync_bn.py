@@ -2,12 +2,14 @@
 import os
 import socket
 
+import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.engine.launch import process_group
+from elan_basicsr.engine.run import meeting
 from elan_basicsr.models.sync_bn import synchronise
 
 BATCH = 4
@@ -27,24 +29,32 @@ def _images() -> torch.Tensor:
     return torch.rand(BATCH, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
+def _worker(rank: int, world_size: int, port: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=world_size)
-    net = DistributedDataParallel(synchronise(_network(), torch.device('cpu')))
-    images = _images().chunk(world_size)[rank]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
+    with process_group('pytorch', **meeting({'num_gpu': int(device == 'cuda')})):
+        _save_step(rank, world_size, folder, device)
+
+
+def _save_step(rank: int, world_size: int, folder: str, device: str) -> None:
+    net = DistributedDataParallel(synchronise(_network().to(device), torch.device(device)))
+    images = _images().chunk(world_size)[rank].to(device)
     target = torch.linspace(0, 1, BATCH * 3 * 32 * 32, dtype=images.dtype).view(-1, 3, 32, 32).chunk(world_size)[rank]
-    (net(images) - target).square().mean().backward()
-    result = {name: p.grad for name, p in net.module.named_parameters()}
-    torch.save(result | dict(net.module.named_buffers()), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    (net(images) - target.to(device)).square().mean().backward()
+    result = {name: p.grad for name, p in net.module.named_parameters()} | dict(net.module.named_buffers())
+    torch.save({name: value.cpu() for name, value in result.items()}, f'{folder}/{rank}.pt')
 
 
-def test_a_step_on_two_processes_is_that_of_one(tmp_path, world_size=2):
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_a_step_on_two_processes_is_that_of_one(tmp_path, device, world_size=2):
+    """On CPUs by gloo, on GPUs by NCCL and torch's own SyncBatchNorm; one process on the CPU says what is right."""
+    if device == 'cuda' and torch.cuda.device_count() < world_size:
+        pytest.skip('needs two GPUs')
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (world_size, port, str(tmp_path)), nprocs=world_size)
+    mp.spawn(_worker, (world_size, port, str(tmp_path), device), nprocs=world_size)
     net = _network()
     _step(net, _images())
     expected = {name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers())
