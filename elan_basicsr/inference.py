@@ -1,7 +1,11 @@
 """From a network and a tensor to a tensor: tiles for what does not fit, self-ensemble, precision."""
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,11 +13,19 @@ from torch import Tensor, nn
 
 WINDOW = 16
 """Tile positions are multiples of this: ELAN's largest window, so that a tile's windows lie where the image's lie."""
+_TOO_LARGE = (
+    'out of memory',  # CUDA's own words outside torch's allocator, as when it loads a kernel; and ONNX Runtime's
+    'allocate',  # main memory, for which torch has no exception; and ONNX Runtime's arena
+    'bad_alloc', 'alloc_failed', 'allocation_failed',  # of the C++ library, cuBLAS and cuDNN
+    'cudnn_status_not_supported', 'unable to find an engine',  # what cuDNN says where its workspace does not fit, too
+    'invalid configuration argument',  # a kernel launched with more blocks than CUDA counts
+    '32bitindexmath', 'int_max',  # a kernel that counts elements in 32 bits
+)
 
 
 def forward(net: nn.Module | Callable[[Tensor], Tensor], x: Tensor, *, scale: int, tile: int = 0,
             tile_overlap: int = 16, window: int = WINDOW, self_ensemble: bool = False) -> Tensor:
-    """Run `net` on an image batch.
+    """Run `net` on an image batch; what is too large for the device at once, in smaller tiles and with a warning.
 
     Args:
         net: Maps (B, C, h, w) in 0..1 to (B, C', h * scale, w * scale).
@@ -28,14 +40,26 @@ def forward(net: nn.Module | Callable[[Tensor], Tensor], x: Tensor, *, scale: in
     Returns:
         (B, C', H * scale, W * scale), on the device of `x`, unclipped.
     """
-    def tiled(image: Tensor) -> Tensor:
-        if tile <= 0 or (tile >= image.shape[2] and tile >= image.shape[3]):
-            return net(image)
-        return _forward_tiles(net, image, scale, _round_up(tile, window), _round_up(tile_overlap, window))
+    def in_tiles(edge: int) -> Tensor:
+        def run(image: Tensor) -> Tensor:
+            if edge <= 0 or (edge >= image.shape[2] and edge >= image.shape[3]):
+                return net(image)
+            return _forward_tiles(net, image, scale, _round_up(edge, window), _round_up(tile_overlap, window))
+        return average_of_turns(run, x) if self_ensemble else run(x)
 
-    if not self_ensemble:
-        return tiled(x)
-    results = (turn(tiled(turn(x, turns, flipped).contiguous()), turns, flipped, back=True)
+    h, w = x.shape[2:]
+    tiles = tiles_to_try(tile, h, w, window)
+    for edge, smaller in pairwise(tiles):
+        with unless_too_large():
+            return in_tiles(edge)
+        warnings.warn(f'{w}x{h} pixels are too many for {x.device} at once; they go through in tiles of {smaller}',
+                      stacklevel=2)
+    return in_tiles(tiles[-1])
+
+
+def average_of_turns(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The average of what `run` makes of the eight flips and rotations of `x`, turned back."""
+    results = (turn(run(turn(x, turns, flipped).contiguous()), turns, flipped, back=True)
                for turns in range(4) for flipped in (False, True))
     total = next(results).clone()
     for y in results:
@@ -50,6 +74,37 @@ def turn(x: Tensor, turns: int, flipped: bool, back: bool = False) -> Tensor:
         return x.flip(3) if flipped else x
     x = x.flip(3) if flipped else x
     return torch.rot90(x, turns, dims=(2, 3))
+
+
+def too_large(error: BaseException) -> bool:
+    """Whether an error means that a smaller piece may pass: too little memory, or more than a kernel takes.
+
+    Only a part of such errors is a torch.OutOfMemoryError; the others are told by their words.
+    """
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in words for part in _TOO_LARGE)
+
+
+@contextmanager
+def unless_too_large() -> Iterator[None]:
+    """Go on behind the block where it fails because a piece was too large, with the device's memory free again."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's share no class
+        if not too_large(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold tensors
+        with suppress(RuntimeError):  # a device that is lost says so when it is used next
+            torch.cuda.empty_cache()
+
+
+def tiles_to_try(tile: int, h: int, w: int, window: int) -> list[int]:
+    """`tile`, 0 for the whole image, and what to try where that is too large: half the edge, down to one window."""
+    tiles, edge = [tile], min(tile or max(h, w), max(h, w))
+    while edge > window:
+        edge = _round_up(edge // 2, window)
+        tiles.append(edge)
+    return tiles
 
 
 def _forward_tiles(net, x: Tensor, scale: int, tile: int, overlap: int) -> Tensor:

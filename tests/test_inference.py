@@ -35,6 +35,56 @@ def test_self_ensemble_is_the_average_over_the_eight_turns():
     assert not torch.allclose(turned, local(x))
 
 
+TOO_LARGE = ['CUDA error: out of memory', 'CUDA error: invalid configuration argument',
+             'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`',
+             'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED',
+             'cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.',
+             'Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.']
+
+
+@pytest.mark.parametrize('words', TOO_LARGE)
+def test_what_the_device_cannot_take_at_once_goes_through_in_smaller_tiles(words):
+    x, sizes = torch.rand(1, 3, 70, 50), []
+
+    def limited(image):
+        sizes.append(image.shape[2:])
+        if image.shape[2] * image.shape[3] > 60 * 50:
+            raise RuntimeError(words)
+        return local(image)
+
+    for self_ensemble in (False, True):
+        with pytest.warns(UserWarning, match='50x70 pixels .* tiles of (48|32)'):
+            y = inference.forward(limited, x, scale=2, self_ensemble=self_ensemble)
+        assert torch.equal(y, inference.forward(local, x, scale=2, tile=32, self_ensemble=self_ensemble))
+    assert sizes[0] == (70, 50)  # whole at first
+
+
+@pytest.mark.parametrize('words', ['CUDA error: an illegal memory access was encountered', 'size mismatch',
+                                   'CUDA error: device-side assert triggered'])
+def test_an_error_that_is_none_of_size_is_not_tried_again(words):
+    calls = []
+
+    def broken(image):
+        calls.append(image)
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        inference.forward(broken, torch.rand(1, 3, 70, 50), scale=2)
+    assert len(calls) == 1
+
+
+def test_main_memory_that_runs_out_is_told_as_such_and_a_tile_of_a_window_is_the_last_try():
+    sizes = []
+
+    def greedy(image):
+        sizes.append(image.shape[2])
+        return torch.empty(2**58, dtype=torch.uint8)
+
+    with pytest.raises(RuntimeError) as raised, pytest.warns(UserWarning):
+        inference.forward(greedy, torch.rand(1, 3, 64, 64), scale=2, tile_overlap=0)
+    assert inference.too_large(raised.value) and sizes == [64, 32, 16]
+
+
 @pytest.mark.slow
 def test_tiles_of_a_trained_network_agree_with_the_whole_image(shared):
     net = load_elan(shared / 'trained' / 'light_x4.pt')

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elan_basicsr.errors import UserError
+from elan_basicsr.inference import too_large
 from elan_basicsr.interop.padding import extend
 
 
@@ -25,6 +26,7 @@ class OnnxNetwork(nn.Module):
 
     Raises:
         UserError: ONNX Runtime is not installed, or the file is missing, damaged, or no network of images.
+        torch.OutOfMemoryError: From `forward`, where an input is too large for the device.
     """
 
     def __init__(self, path: str | os.PathLike, device: str | torch.device = 'cpu'):
@@ -70,6 +72,8 @@ class OnnxNetwork(nn.Module):
         try:
             [result] = self.session.run(None, {self.input.name: image})
         except Exception as error:
+            if too_large(error):
+                raise torch.OutOfMemoryError(str(error)) from None
             raise UserError(f'{self.path}: ONNX Runtime cannot run it on {tuple(x.shape)} '
                             f'({" ".join(str(error).split())[:200]})') from None
         return torch.from_numpy(result).to(x.device, x.dtype)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from elan_basicsr import inference
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.data.resize import imresize
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.upscale.image_files import Picture
@@ -24,11 +25,15 @@ OVERLAP = 16
 """Input pixels that a tile sees beyond its edges; 32 or 48 bring tiles no nearer to the whole image."""
 CPU_BUDGET = 512 * 2**20
 """Bytes for a network's activations on a CPU: larger tiles gain little, and an 8192x8192 result stays under 2 GB."""
+_INTEGERS: dict[type, torch.dtype] = {np.uint8: torch.uint8, np.uint16: torch.uint16}
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 class Enlarger:
     """A network, and how it is run on images.
+
+    The tile of an image rests on its size and on what memory was free when the object was made. Pieces that turn out
+    too large are not tried again, nor are larger ones: an image that comes later is cut as it would have been first.
 
     Args:
         network: As `load_network` gives it: `net` maps (B, `channels`, h, w) in 0..1 to `scale` times the size.
@@ -38,6 +43,9 @@ class Enlarger:
             A `tile` of 0 takes the image whole.
         self_ensemble: Average over eight flips and rotations of each tile, for eight times the time.
         scale: Enlargement of the result, at most the network's; what is too much is taken back by MATLAB's bicubic.
+
+    Attributes:
+        say: Called with a line when tiles become smaller.
     """
 
     def __init__(self, network: Network, *, device: torch.device, dtype: str = 'float32', tile: int | None = None,
@@ -56,6 +64,9 @@ class Enlarger:
         self.window = math.lcm(network.window, inference.WINDOW)
         self.tile = tile if tile is None else _round_up(tile, self.window)
         self.overlap = _round_up(OVERLAP if overlap is None else overlap, self.window)
+        self.pixels_at_once = _budget(device) // _bytes_per_pixel(network)
+        self.too_many_pixels = math.inf
+        self.say: Callable[[str], None] = warnings.warn
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the result."""
@@ -87,86 +98,111 @@ class Enlarger:
         """Enlarge (H, W, 1 or 3), uint8 or uint16, to (H', W', same), `dtype`; see `picture`.
 
         Raises:
-            UserError: Memory does not suffice for the smallest tile.
+            UserError: Memory does not suffice for the smallest tile, or the network fails.
+            RunLost: The device is of no use to this process any more.
         """
-        h, w = pixels.shape[:2]
-        tile = self.tile if self.tile is not None else self._fitting_tile(h, w)
-        while True:
-            try:
-                out = self._in_tiles(pixels, dtype, tile, advance)
-                break
-            except torch.OutOfMemoryError:
-                tile = self.tile = self._smaller(tile or max(h, w))
-        return out if self.scale == self.network.scale else imresize(out, self.scale / self.network.scale)
-
-    def _in_tiles(self, pixels: np.ndarray, dtype: type, tile: int, advance: Callable[[int], None]) -> np.ndarray:
         h, w, channels = pixels.shape
         scale = self.network.scale
         out = np.empty((h * scale, w * scale, channels), dtype)
-        done = 0
-        try:
-            for part in inference.cut_tiles(h, w, tile, self.overlap):
-                out[part.place(scale)] = self._run(pixels[part.seen], dtype)[part.inner(scale)]
-                count = (part.rows[1] - part.rows[0]) * (part.columns[1] - part.columns[0])
-                done += count
-                advance(count)
-        except torch.OutOfMemoryError:
-            advance(-done)
-            raise
-        return out
+        tiles = self._tiles_to_try(h, w, channels)
+        for tile in tiles:
+            if tile != tiles[0]:
+                self.say(f'{w}x{h} pixels are too many for {self.device} at once; tiles of {tile} pixels from here on')
+            with inference.unless_too_large():
+                self._in_tiles(pixels, out, tile, advance)
+                break
+            self.too_many_pixels = min(self.too_many_pixels, self._most_at_once(h, w, channels, tile))
+        else:
+            raise UserError(f'{self.network.name}: a tile of {tiles[-1] or max(h, w)} pixels does not fit into the '
+                            f'memory of {self.device}; close other programs, or use --device cpu')
+        return out if self.scale == scale else imresize(out, self.scale / scale)
 
-    def _run(self, pixels: np.ndarray, dtype: type) -> np.ndarray:
-        """A network's run on one tile: (h, w, C) integers to (h', w', C) integers, clamped and rounded."""
-        planes = pixels.transpose(2, 0, 1).astype(np.float32)
-        x = torch.from_numpy(planes).contiguous().to(self.device) / np.iinfo(pixels.dtype).max
-        x = x[:, None] if self.grey else x.expand(3, -1, -1)[None].contiguous()
-        half = self.dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
-            y = self._forward(x)
-        y = y[:, 0] if self.grey else y[0]
-        if not bool(torch.isfinite(y).all()):
-            raise UserError(f'{self.network.name}: the network gives values that are not finite; try --dtype float32')
-        return _to_integers(y.float(), pixels.shape[2], dtype)
+    def _tiles_to_try(self, h: int, w: int, channels: int) -> list[int]:
+        first = self.tile if self.tile is not None else self._fitting_tile(h, w, channels)
+        tiles = inference.tiles_to_try(first, h, w, self.window)
+        return [tile for tile in tiles
+                if self._most_at_once(h, w, channels, tile) < self.too_many_pixels] or tiles[-1:]
 
-    def _forward(self, x: Tensor) -> Tensor:
-        try:
-            return inference.forward(self.network.net, x, scale=self.network.scale, self_ensemble=self.self_ensemble)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if 'alloc' in str(error).lower():  # main memory has no exception of its own
-                raise torch.OutOfMemoryError(str(error)) from None
-            raise UserError(f'{self.network.name}: the network fails on an input of {tuple(x.shape)} '
-                            f'({" ".join(str(error).split())[:120]})') from None
+    def _most_at_once(self, h: int, w: int, channels: int, tile: int) -> int:
+        """Pixels of the largest piece that the network sees."""
+        parts = inference.cut_tiles(h, w, tile, self.overlap)
+        return self._planes(channels) * max((part.seen_rows[1] - part.seen_rows[0])
+                                            * (part.seen_columns[1] - part.seen_columns[0]) for part in parts)
 
-    def _fitting_tile(self, h: int, w: int) -> int:
+    def _planes(self, channels: int) -> int:
+        return channels if self.grey else 1  # a network for grey takes colours as a batch
+
+    def _fitting_tile(self, h: int, w: int, channels: int) -> int:
         """0 where the whole image fits into the memory, else the largest tile that does."""
-        pixels = self._budget() // _bytes_per_pixel(self.network)
+        pixels = self.pixels_at_once // self._planes(channels)
         if h * w <= pixels:
             return 0
         # Four windows, 64 pixels for ELAN: of smaller tiles the seams can be seen in the figures, below 55 dB.
         return max((math.isqrt(pixels) - 2 * self.overlap) // self.window, 4) * self.window
 
-    def _budget(self) -> int:
-        if self.device.type == 'cuda':
-            return torch.cuda.mem_get_info(self.device)[0] // 2
-        return min(CPU_BUDGET, available_memory() // 2)
+    def _in_tiles(self, pixels: np.ndarray, out: np.ndarray, tile: int, advance: Callable[[int], None]) -> None:
+        h, w = pixels.shape[:2]
+        scale = self.network.scale
+        done = 0
+        try:
+            for part in inference.cut_tiles(h, w, tile, self.overlap):
+                out[part.place(scale)] = self._run(pixels[part.seen], part.inner(scale), out.dtype.type)
+                count = (part.rows[1] - part.rows[0]) * (part.columns[1] - part.columns[0])
+                done += count
+                advance(count)
+        except Exception:
+            advance(-done)
+            raise
 
-    def _smaller(self, tile: int) -> int:
-        if self.device.type == 'cuda':
-            torch.cuda.empty_cache()
-        if tile <= self.window:
-            raise UserError(f'{self.network.name}: a tile of {tile} pixels does not fit into the memory of '
-                            f'{self.device}; close other programs, or use --device cpu')
-        return _round_up(tile // 2, self.window)
+    def _run(self, pixels: np.ndarray, inner: tuple[slice, slice], dtype: type) -> np.ndarray:
+        """The network's run on one tile: (h, w, C) integers to the `inner` part of (h', w', C) integers."""
+        half = self.dtype != torch.float32
+        try:
+            with (torch.inference_mode(),
+                  torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()):
+                y = self._forward(pixels)[(slice(None), *inner)]
+                finite = torch.isfinite(y).all()
+                result = _to_integers(y.float(), pixels.shape[2], dtype).cpu().numpy()
+        except RuntimeError as error:
+            if inference.too_large(error):
+                raise
+            words = ' '.join(str(error).split())[:120]
+            if _is_lost(self.device):
+                raise RunLost(f'{self.device}: is lost to this process ({words}); give the command again, it leaves '
+                              'alone what is done') from None
+            raise UserError(f'{self.network.name}: the network fails on {pixels.shape[1]}x{pixels.shape[0]} pixels '
+                            f'({words})') from None
+        if not finite:  # asked when the result is there, so that the device does not stand still for it
+            raise UserError(f'{self.network.name}: the network gives values that are not finite; try --dtype float32')
+        return result
+
+    def _forward(self, pixels: np.ndarray) -> Tensor:
+        """(h, w, C) integers to what the network makes of them, (C', h', w')."""
+        # A copy, as torch takes neither what is read-only nor a view with negative strides.
+        x = torch.from_numpy(pixels.copy()).to(self.device).permute(2, 0, 1).contiguous()
+        x = x.float() / np.iinfo(pixels.dtype).max
+        x = x[:, None] if self.grey else x.expand(3, -1, -1)[None].contiguous()
+        net = self.network.net
+        y = inference.average_of_turns(net, x) if self.self_ensemble else net(x)
+        return y[:, 0] if self.grey else y[0]
 
 
-def _to_integers(y: Tensor, channels: int, dtype: type) -> np.ndarray:
+def _to_integers(y: Tensor, channels: int, dtype: type) -> Tensor:
+    """(C', h, w) to (h, w, `channels`), clamped and rounded, on the same device: a quarter of the bytes to transfer."""
     y = y.clamp(0, 1)
     if channels < y.shape[0]:
         y = y.mean(dim=0, keepdim=True)  # of a grey image, which went in as three equal channels
-    y = y.mul(np.iinfo(dtype).max).round()
-    return y.permute(1, 2, 0).cpu().numpy().astype(dtype)
+    return y.mul_(np.iinfo(dtype).max).round_().to(_INTEGERS[dtype]).permute(1, 2, 0).contiguous()
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether a GPU answers every call of this process with an error, as after an access out of bounds."""
+    if device.type == 'cuda':
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
 
 
 def _cover_hidden(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -175,6 +211,14 @@ def _cover_hidden(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         return colour
     rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
     return colour[rows, columns]
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes for a network's activations: half of what is free, which what torch holds in reserve is as well."""
+    if device.type == 'cuda':
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + reserve) // 2
+    return min(CPU_BUDGET, available_memory() // 2)
 
 
 def _bytes_per_pixel(network: Network) -> int:

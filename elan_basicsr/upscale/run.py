@@ -21,7 +21,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import RunLost, UserError
+from elan_basicsr.inference import too_large
 from elan_basicsr.interop.networks import load_network
 from elan_basicsr.upscale import video
 from elan_basicsr.upscale.enlarge import DTYPES, Enlarger
@@ -61,6 +62,7 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
 
     Raises:
         UserError: Nothing could be started; see `plan.plan` and `load_network`.
+        RunLost: The device is lost to this process; what is done stands.
     """
     _check_arguments(format_, tile, tile_overlap, dtype, max_pixels)
     if weights is None:
@@ -91,12 +93,13 @@ def _check_arguments(format_, tile, tile_overlap, dtype, max_pixels) -> None:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # a build without CUDA asserts
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        if too_large(error):
+            raise UserError(f'--device {name}: has no memory free; close other programs, or use --device cpu') from None
         raise UserError(f'--device {name}: there is none here; expected cpu, or cuda or cuda:N with a GPU') from None
     return device
 
@@ -128,6 +131,7 @@ class _Run:
     def __init__(self, enlarger: Enlarger, progress: Progress, report: _Report, max_pixels: int):
         self.enlarger, self.progress, self.report, self.max_pixels = enlarger, progress, report, max_pixels
         self.area = float(enlarger.scale) ** 2
+        enlarger.say = self._say
 
     def all(self, jobs: Sequence[Job]) -> None:
         sizes = [self._work(job) for job in jobs]
@@ -142,6 +146,8 @@ class _Run:
                     ahead = reader.submit(self._read, jobs[i + 1])
                 try:
                     writing = self._one(job, reading, writer, writing)
+                except RunLost:
+                    raise
                 except UserError as error:
                     self._fail(error)
                 except MemoryError:
@@ -195,7 +201,10 @@ class _Run:
 
     def _fail(self, error: UserError) -> None:
         self.report.failed += 1
-        self.progress.console.print(f'basicsr: {error}', markup=False, highlight=False, soft_wrap=True)
+        self._say(str(error))
+
+    def _say(self, line: str) -> None:
+        self.progress.console.print(f'basicsr: {line}', markup=False, highlight=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

@@ -1,0 +1,112 @@
+"""Upscaling on a GPU: the same bytes whatever ran before, tiles that shrink, and the CPU's figures."""
+import contextlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elan_basicsr.interop.networks import load_network
+from elan_basicsr.upscale.enlarge import Enlarger
+from tests.upscale.conftest import WEIGHTS
+from tests.upscale.test_run import enlarger, random_pixels
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device('cuda', 0)
+
+
+def on_gpu(**options):
+    return Enlarger(load_network(WEIGHTS, GPU), device=GPU, **options)
+
+
+def difference(a, b):
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """Torch gets so many bytes beyond those it holds."""
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved(GPU) + size
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info(GPU)[1], GPU)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1., GPU)
+        torch.cuda.empty_cache()
+
+
+def test_equal_images_and_equal_frames_give_equal_bytes():
+    """Three frames in a row, and an image before and after a larger one."""
+    one, frame = on_gpu(), random_pixels(180, 320)
+    results = [one.pixels(frame, np.uint8) for _ in range(3)]
+    one.pixels(random_pixels(700, 900), np.uint8)
+    results.append(one.pixels(frame, np.uint8))
+    assert all((result == results[0]).all() for result in results)
+
+
+def test_what_torch_keeps_in_reserve_counts_as_free():
+    """A run that starts with half of the memory in torch's cache takes the tiles of one that starts with none."""
+    torch.cuda.empty_cache()
+    first = on_gpu()
+    torch.empty(torch.cuda.mem_get_info(GPU)[0] // 2, dtype=torch.uint8, device=GPU)  # freed into the cache
+    assert on_gpu().pixels_at_once > 0.9 * first.pixels_at_once
+    torch.cuda.empty_cache()
+
+
+def test_an_allocation_that_fails_leads_to_smaller_tiles_and_the_right_result():
+    """The tile that was taken in the end gives what it gives where memory suffices; the small image stays whole."""
+    small, lines, image, tiny = on_gpu(tile=0), [], random_pixels(1024, 1024), random_pixels(64, 64)
+    small.say = lines.append
+    before = small.pixels(tiny, np.uint8)  # which also loads what the libraries hold for good
+    with room_for(160 * 2**20):
+        result = small.pixels(image, np.uint8)
+        after = small.pixels(tiny, np.uint8)
+    tile = small._tiles_to_try(*image.shape)[0]
+    assert lines and 0 < tile < 1024 and (before == after).all()
+    assert difference(result, on_gpu(tile=tile).pixels(image, np.uint8)).max() <= 1
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_8_and_16_bits_are_the_cpus_to_one_step(dtype, channels, monkeypatch):
+    """With convolutions in float32: those in TF32 differ by more than a step of 16 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    pixels = random_pixels(70, 50, channels, dtype)
+    assert difference(on_gpu().pixels(pixels, dtype), enlarger().pixels(pixels, dtype)).max() <= 1
+
+
+def test_an_image_of_65536_windows_passes_whole(monkeypatch):
+    """1024x1024 pixels in windows of 4x4; far from the edges a part of it comes out as on the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    whole, image = on_gpu(tile=0), random_pixels(1024, 1024)
+    result = whole.pixels(image, np.uint8)
+    part = enlarger(tile=0).pixels(image[256:512, 256:512], np.uint8)
+    assert whole.too_many_pixels == float('inf')
+    assert difference(result[704:832, 704:832], part[192:320, 192:320]).max() <= 1
+
+
+def test_bfloat16_is_near_float32():
+    """Within a grey level on average, and nowhere more than a few off."""
+    pixels = random_pixels(128, 128)
+    off = difference(on_gpu(dtype='bfloat16').pixels(pixels, np.uint8), on_gpu().pixels(pixels, np.uint8))
+    assert off.mean() < 1 and off.max() <= 4 and off.any()
+
+
+def test_a_device_that_is_lost_is_told_from_a_fault_of_the_file():
+    """An index out of bounds ends every later use of the device, so it happens in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        assert pool.submit(_lose_the_device).result() == 'RunLost'
+
+
+def _lose_the_device() -> str:
+    broken = on_gpu()
+    broken.network.net = lambda x: F.interpolate(x, scale_factor=2).index_select(
+        1, torch.full((3,), 2**40, device=x.device))
+    try:
+        broken.pixels(random_pixels(20, 20), np.uint8)
+    except Exception as error:
+        return type(error).__name__
+    return 'nothing'
