@@ -11,7 +11,7 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +38,7 @@ class PatchLoader:
         dataset: Any training dataset of the toolbox's.
         sampler: Which sample comes when; its `batch_size` is the batch's.
         workers: Loader processes; 0 loads in this one.
-        pin_memory: For batches of floats on their way to a GPU.
+        pin_memory: Batches of floats lie in memory that a GPU reads directly; `to_float` does so for bytes.
         context: How workers start, such as `spawn`; by default `fork` on Linux, which Python 3.14 does not choose by
             itself, for workers that load torch anew take seconds and 300 MB each.
     """
@@ -85,10 +85,43 @@ def dead_workers_named() -> Iterator[None]:
                       'datasets.train.num_worker_per_gpu need less; resume with --auto_resume') from error
 
 
-def to_float(batch: dict, device: torch.device | str = 'cpu') -> dict:
-    """A batch as the toolbox's datasets give it: images that came as bytes become floats of 0..1 on `device`."""
-    return {name: value.to(device).float().div_(255) if isinstance(value, Tensor) and value.dtype == torch.uint8
-            else value for name, value in batch.items()}
+def to_float(batch: dict, device: torch.device | str = 'cpu', pin_memory: bool = False) -> dict:
+    """A batch as the toolbox's datasets give it, on `device`: images that came as bytes become floats of 0..1 there.
+
+    With `pin_memory` it is copied to memory that a GPU reads directly, so that nobody waits until the GPU has read it.
+    Either way the memory of the bytes has been read by the return.
+    """
+    def bring(value: Tensor) -> Tensor:
+        value = (value.pin_memory() if pin_memory else value).to(device, non_blocking=True)
+        return value.float().div_(255) if value.dtype == torch.uint8 else value
+
+    return {name: bring(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def prefetched(batches: Iterable[dict], device: torch.device, pin_memory: bool = False) -> Iterator[dict]:
+    """What `to_float` makes of each batch, on its way to the GPU `device` while the one before is worked on.
+
+    The toolbox's CUDAPrefetcher leaves the memory of a batch to the next one while the GPU may still be reading it.
+    """
+    beside, arriving = torch.cuda.Stream(device), None
+    for batch in batches:
+        arrived = arriving and _handed_over(arriving, beside)
+        with torch.cuda.stream(beside):
+            arriving = to_float(batch, device, pin_memory)
+        if arrived:
+            yield arrived
+    if arriving:
+        yield _handed_over(arriving, beside)
+
+
+def _handed_over(batch: dict, stream: torch.cuda.Stream) -> dict:
+    """A batch from another stream, as one of the current stream: it is waited for, and not overwritten too early."""
+    current = torch.cuda.current_stream(stream.device)
+    current.wait_stream(stream)
+    for value in batch.values():
+        if isinstance(value, Tensor):
+            value.record_stream(current)
+    return batch
 
 
 def _start_worker(worker: int) -> None:

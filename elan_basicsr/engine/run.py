@@ -57,12 +57,26 @@ def disk_errors_named() -> Iterator[None]:
 
 
 def set_backends(opt: dict) -> None:
-    """`deterministic: true` asks torch for kernels that repeat themselves; otherwise cuDNN looks for the fastest."""
-    deterministic = bool(opt.get('deterministic'))
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
+    """`deterministic: true` asks torch for kernels that repeat themselves."""
+    if opt.get('deterministic'):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
+        # Every new tensor would be filled first, so that reading one too early repeats itself as well.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def one_size(opt: dict) -> Iterator[None]:
+    """Around work on inputs of one size: cuDNN looks for its fastest kernels, unless they are to repeat themselves.
+
+    For each new size it would look again, which takes longer than it saves on a few images.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not opt.get('deterministic')
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def keep_freed_memory() -> None:

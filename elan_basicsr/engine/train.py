@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from elan_basicsr.checkpoint import UNFINISHED
 from elan_basicsr.config.options import load_options
-from elan_basicsr.data.loader import PatchLoader, dead_workers_named, to_float
+from elan_basicsr.data.loader import PatchLoader, dead_workers_named, prefetched, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
 from elan_basicsr.engine.launch import Processes, launched, process_group
@@ -30,6 +30,7 @@ from elan_basicsr.engine.run import (
     keep_freed_memory,
     meeting,
     on_terminal,
+    one_size,
     open_log,
     set_backends,
 )
@@ -37,7 +38,6 @@ from elan_basicsr.models.saving import save_whole_files
 from elan_basicsr.models.state_checks import check_training_state
 from elan_basicsr.models.validation import Interrupted
 
-from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from basicsr.models import build_model
 from basicsr.train import init_tb_loggers
 from basicsr.utils import AvgTimer, MessageLogger, make_exp_dirs, mkdir_and_rename
@@ -139,6 +139,7 @@ class Training:
         self.samples = resume_state.get('samples', self.iteration * self.step_size) if resume_state else 0
         self.validation_due = bool(resume_state and resume_state.get('validation_due') and validation)
         self.epoch_size = len(train_set) * self.data_opt.get('dataset_enlarge_ratio', 1)
+        self.pin_memory = bool(self.data_opt.get('pin_memory')) and model.device.type == 'cuda'
         self.loader = self._build_loader(train_set)
         self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
         self.messages.max_iters = self.total + 1  # upstream's ETA is one iteration short, "-1 day" at the last
@@ -154,8 +155,13 @@ class Training:
         opt = self.opt
         sampler = StreamSampler(len(train_set), self.batch_size, opt['manual_seed'], opt['rank'], opt['world_size'],
                                 start=self.samples)
-        return PatchLoader(train_set, sampler, self.data_opt.get('num_worker_per_gpu', 0),
-                           pin_memory=bool(self.data_opt.get('pin_memory')) and self.model.device.type == 'cuda')
+        return PatchLoader(train_set, sampler, self.data_opt.get('num_worker_per_gpu', 0), self.pin_memory)
+
+    def _batches(self) -> Iterator[dict]:
+        device = self.model.device
+        if self.data_opt.get('prefetch_mode') == 'cuda' and device.type == 'cuda':
+            return prefetched(self.loader, device, self.pin_memory)
+        return (to_float(batch, device, self.pin_memory) for batch in self.loader)
 
     @property
     def epoch(self) -> int:
@@ -201,14 +207,10 @@ class Training:
     def _iterations(self) -> Iterator[None]:
         """Carry out one iteration after the other."""
         data_timer, iter_timer = AvgTimer(), AvgTimer()
-        if self.data_opt.get('prefetch_mode') == 'cuda' and self.model.device.type == 'cuda':
-            prefetcher = CUDAPrefetcher(self.loader, self.opt)
-            batches = iter(prefetcher.next, None)
-        else:
-            batches = iter(self.loader)
+        batches = self._batches()
         while self.iteration < self.total:
             data_timer.start()
-            data = to_float(next(batches), self.model.device)
+            data = next(batches)
             data_timer.record()
             iter_timer.start()
             self.iteration += 1
@@ -216,7 +218,8 @@ class Training:
             seed_all(mix_seed(self.opt['manual_seed'], -1, self.iteration, self.opt['rank']))
             self.model.update_learning_rate(self.iteration, warmup_iter=self.opt['train'].get('warmup_iter', -1))
             self.model.feed_data(data)
-            self.model.optimize_parameters(self.iteration)
+            with one_size(self.opt):
+                self.model.optimize_parameters(self.iteration)
             self.samples += self.step_size
             iter_timer.record()
             self.times = {'time': iter_timer.get_avg_time(), 'data_time': data_timer.get_avg_time()}

@@ -1,6 +1,7 @@
 """ELANModel: BasicSR's SRModel with what training ELAN needs. Works with every architecture that SRModel takes."""
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,17 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+class _Wrapper(OptimWrapper):
+    """mmengine's, which in clipping waits for every norm and keeps it, in a history without an end."""
+
+    def _clip_grad(self) -> None:
+        self.clip_func([p for group in self.optimizer.param_groups for p in group['params']], **self.clip_grad_kwargs)
+
+
+class _ScalingWrapper(_Wrapper, AmpOptimWrapper):
+    """The same with a scaler of losses, for fp16."""
 
 
 @MODEL_REGISTRY.register()
@@ -98,8 +110,8 @@ class ELANModel(WholeFiles, SRModel):
         options = dict(optimizer=optimizer, accumulative_counts=train_opt.get('accumulate', 1),
                        clip_grad=dict(max_norm=clip) if clip else None)
         if amp == 'fp16':
-            return AmpOptimWrapper(dtype='float16', **options)
-        return OptimWrapper(**options)
+            return _ScalingWrapper(dtype='float16', **options)
+        return _Wrapper(**options)
 
     # ------------------------------------------------------------------ a training step
 
@@ -117,9 +129,10 @@ class ELANModel(WholeFiles, SRModel):
                 total, part = self.compute_losses(self.output.float() if self.amp_dtype else self.output, gt)
                 for name, value in part.items():
                     losses[name] = losses.get(name, 0) + value.detach() / parts
-                self._stop_unless_finite(total, current_iter)
+                if self.optim_wrapper.should_sync():  # the last part: behind it the weights change
+                    self.log_dict = self.reduce_loss_dict(losses)
+                    self._stop_unless_finite(current_iter)
                 self.optim_wrapper.update_params(total)
-        self.log_dict = self.reduce_loss_dict(losses)
         if self.ema_decay > 0:
             self.model_ema(decay=self._ema_decay_at(current_iter))
 
@@ -139,16 +152,22 @@ class ELANModel(WholeFiles, SRModel):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
-    def _stop_unless_finite(self, loss: Tensor, current_iter: int) -> None:
-        finite = torch.isfinite(loss.detach())
-        if get_dist_info()[1] > 1:  # all ranks stop together, or the others wait for the one that left
-            count = finite.float()
-            dist.all_reduce(count, op=dist.ReduceOp.MIN)
-            finite = count > 0
-        if not finite:
+    @torch.no_grad()
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """The losses as numbers, averaged over all processes and known to each: an iteration's one wait for a GPU."""
+        losses = torch.stack([loss.mean() for loss in loss_dict.values()])
+        if get_dist_info()[1] > 1:
+            dist.all_reduce(losses)
+            losses /= self.opt['world_size']
+        return OrderedDict(zip(loss_dict, losses.tolist(), strict=True))
+
+    def _stop_unless_finite(self, current_iter: int) -> None:
+        """Stop all processes together, which know the same losses; none waits for one that left."""
+        loss = sum(self.log_dict.values())
+        if not math.isfinite(loss):
             rates = ', '.join(f'{rate:.3e}' for rate in self.get_current_learning_rate())
             keys = ', '.join(map(str, self.lq_paths or []))
-            raise UserError(f'iteration {current_iter}: the loss is {loss.item()} at learning rate {rates}; stopped, '
+            raise UserError(f'iteration {current_iter}: the loss is {loss} at learning rate {rates}; stopped, '
                             f'the last checkpoint stands; a lower rate or train.grad_clip may help; batch: {keys}')
 
     def _ema_decay_at(self, current_iter: int) -> float:
@@ -168,8 +187,10 @@ class ELANModel(WholeFiles, SRModel):
         """
         net_g = self.get_bare_model(self.net_g)
         get_ema_multi_avg_fn(decay)(list(self.net_g_ema.parameters()), list(net_g.parameters()), None)
-        for averaged, buffer in zip(self.net_g_ema.buffers(), net_g.buffers(), strict=True):
-            averaged.copy_(buffer)
+        averaged, buffers = list(self.net_g_ema.buffers()), list(net_g.buffers())
+        for dtype in {buffer.dtype for buffer in buffers}:  # those of one type are copied at once
+            torch._foreach_copy_([buffer for buffer in averaged if buffer.dtype == dtype],
+                                 [buffer for buffer in buffers if buffer.dtype == dtype])
 
     # ------------------------------------------------------------------ validation
 
@@ -178,7 +199,9 @@ class ELANModel(WholeFiles, SRModel):
         net = getattr(self, 'net_g_ema', None) or self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
-        with torch.no_grad():
+        # A compiled network is for batches of one size; for each size of image it would be compiled again.
+        eager = torch.compiler.set_stance('force_eager') if self.opt.get('compile') else nullcontext()
+        with torch.no_grad(), eager:
             self.output = inference.forward(
                 net, self.lq, scale=self.opt.get('scale', 1), tile=val.get('tile') or 0,
                 tile_overlap=val.get('tile_overlap', 16), self_ensemble=bool(val.get('self_ensemble')))

@@ -78,8 +78,7 @@ class RealELANGANModel(_Degradations, RealESRGANModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         RealESRGANModel.optimize_parameters(self, current_iter)
-        total = sum(value for name, value in self.log_dict.items() if name.startswith('l_'))
-        self._stop_unless_finite(torch.tensor(float(total), device=self.device), current_iter)
+        self._stop_unless_finite(current_iter)
 
     def _save_networks(self, label: int | str) -> None:
         super()._save_networks(label)

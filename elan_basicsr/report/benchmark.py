@@ -19,7 +19,7 @@ from elan_basicsr.errors import UserError
 from elan_basicsr.report.figures import bubble_chart, new_figure, si
 from elan_basicsr.report.memory import peak_memory
 from elan_basicsr.report.subjects import COLOURS, Subject
-from elan_basicsr.report.timing import Timing, gemm_call, inference_call, time_interleaved, training_step
+from elan_basicsr.report.timing import Timing, gemm_call, inference_call, takes_tf32, time_interleaved, training_step
 from elan_basicsr.version import __version__
 
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16}
@@ -58,7 +58,8 @@ class Row:
     min: float
     max: float
     ratio: float | None = None
-    gemm_share: float | None = None  # of the rate of a 2048² product in float32, measured alongside
+    gemm_share: float | None = None  # of the rate of a 2048² product in `gemm_dtype`, measured alongside
+    gemm_dtype: str = 'float32'
     memory: int | None = None
     memory_ratio: float | None = None
 
@@ -174,7 +175,8 @@ def _measure_times(subjects, settings, kind: str, shape, device: str, threads: i
     rate = gemm_macs / timings.pop(GEMM).median
     macs = {subject.name: subject.complexity(*shape[2:]).macs for subject in subjects if kind == 'inference'}
     return [Row(name, dtype, kind, device, threads, shape, timing.seconds, timing.median, timing.min, timing.max,
-                gemm_share=macs[name] / timing.median / rate if macs.get(name) else None)
+                gemm_share=macs[name] / timing.median / rate if macs.get(name) else None,
+                gemm_dtype='TF32' if takes_tf32(device) else 'float32')
             for (name, dtype), timing in timings.items()]
 
 
@@ -254,7 +256,7 @@ def _group_tables(rows: Sequence[Row]) -> Iterator[Table]:
     where = f'{first.device}, {first.threads} threads' if first.device == 'cpu' else first.device
     what = f'{first.work}, {f"{batch} x " if batch > 1 else ""}{width}x{height}, {where}'
     table = new_table(f'{what}, {len(first.seconds)} runs', ['network', 'dtype', 'median s', 'min', 'max', 'ratio',
-                                                             'of GEMM'])
+                                                             f'of {first.gemm_dtype} GEMM'])
     for row in rows:
         table.add_row(row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
                       f'{row.ratio:.3f}', _show(row.gemm_share, '.0%'))

@@ -68,7 +68,7 @@ def synchronise(device: str) -> None:
 
 
 def precision(device: str, dtype: torch.dtype) -> torch.autocast:
-    """float32, or mixed precision by autocast."""
+    """float32, with what `takes_tf32` says, or mixed precision by autocast."""
     return torch.autocast(torch.device(device).type, dtype=dtype if dtype != torch.float32 else torch.bfloat16,
                           enabled=dtype != torch.float32)
 
@@ -99,8 +99,27 @@ def training_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype = tor
     return step
 
 
+def takes_tf32(device: str) -> bool:
+    """Whether float32 convolutions round their factors to the 11 binary digits of TF32 there.
+
+    NVIDIA's GPUs from Ampere on can, and torch lets cuDNN do so by default; in products of matrices it does not.
+    """
+    return (torch.device(device).type == 'cuda' and torch.backends.cudnn.allow_tf32
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
 def gemm_call(device: str = 'cpu') -> tuple[Callable[[], Tensor], int]:
-    """The yardstick: a float32 product of two square matrices, and its MACs."""
+    """The yardstick: a float32 product of two square matrices, in TF32 where convolutions are, and its MACs."""
     a, b = torch.rand(2, GEMM_EDGE, GEMM_EDGE, device=device)
     out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out), GEMM_EDGE**3
+    matmul, tf32 = torch.backends.cuda.matmul, takes_tf32(device)
+
+    def product() -> Tensor:
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = tf32
+        try:
+            return torch.mm(a, b, out=out)
+        finally:
+            matmul.allow_tf32 = before
+
+    return product, GEMM_EDGE**3

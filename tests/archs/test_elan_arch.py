@@ -135,6 +135,27 @@ def test_attention_in_parts_is_that_of_the_whole_to_the_bit(monkeypatch, limit):
     assert not [name for name, value in parts.items() if not torch.equal(value, whole[name])]
 
 
+@pytest.mark.parametrize('backend, breaks', [
+    pytest.param('inductor', False, marks=pytest.mark.slow), ('aot_eager', False), ('aot_eager', True)])
+def test_a_compiled_step_with_use_checkpoint_is_the_step_without(monkeypatch, backend, breaks):
+    """Statistics, output and gradients, also where the compiler leaves the blocks to Python."""
+    monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)
+    torch._dynamo.reset()
+    net = ELAN(upscale=2, num_feat=5, num_block=2, num_share=0, window_sizes=[4]).double().train()
+    exact, x, seen = copy.deepcopy(net), torch.rand(2, 3, 8, 8, dtype=torch.float64), []
+    if breaks:
+        net.body[1].lfe[0].register_forward_hook(lambda *_: seen.append(1) or torch._dynamo.graph_break())
+    net.use_checkpoint = True
+    net.compile(backend=backend)
+    for _ in range(2):
+        expected, found = step(exact, x), step(net, x)
+        steepest = max(float(expected[name].abs().max()) for name, _ in net.named_parameters())
+        for name, value in found.items():
+            assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-9 * steepest), name
+    assert int(found['body.1.gmsa.0.norm.num_batches_tracked']) == 2
+    assert len(seen) == (4 if breaks else 0)  # in each step once forward and once for the backward pass
+
+
 def test_the_output_is_laid_out_as_any_networks():
     """The toolbox's discriminators call `view` on what comes from it."""
     for dtype in (torch.float32, torch.float64):
@@ -153,10 +174,11 @@ def test_a_copy_is_independent():
 
 
 @pytest.mark.gpu
-def test_the_gpu_agrees_with_the_cpu():
+def test_the_gpu_agrees_with_the_cpu(monkeypatch):
+    """The same network gives the same image, where convolutions are in float32."""
     golden = load_golden('tiny_shared_x2')
     net = load_elan(golden.checkpoint)
     x = golden.tensor('input').float() / 255
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     with torch.no_grad():
         assert torch.allclose(net.cuda()(x.cuda()).cpu(), net.cpu()(x), atol=1e-4)

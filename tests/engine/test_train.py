@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.cli import main
 from elan_basicsr.engine.interrupt import EXIT_STOPPED
 
@@ -110,6 +111,56 @@ def test_train_then_test_through_the_command_line(options, capfd):
     assert main(['test', '-opt', write(test, 'test.yml')]) == 0
     assert re.findall(r'# (\w+): ([\d.]+)', capfd.readouterr().err) == trained
     assert len(list(Path('results/check/visualization/three').glob('*_check.png'))) == 3
+
+
+@pytest.mark.parametrize('model_type', ['ELANModel', 'SRModel'])
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_cudnn_looks_for_its_fastest_kernels_in_training_steps_alone(options, monkeypatch, model_type, deterministic):
+    """In validation every image may have a size of its own, and `deterministic` leaves nothing to chance."""
+    seen = {True: set(), False: set()}
+    forward = ELAN.forward
+    monkeypatch.setattr(ELAN, 'forward', lambda net, x: (
+        seen[net.training].add(torch.backends.cudnn.benchmark), forward(net, x))[1])
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    try:
+        assert main(['train', '-opt', write(options, model_type=model_type, deterministic=deterministic), '--set',
+                     'train.ema_decay=0', 'train.total_iter=4']) == 0
+        assert seen == {True: {not deterministic}, False: {False}}
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.utils.deterministic.fill_uninitialized_memory != deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def on_the_gpu(options, folder, **train) -> Path:
+    """A training with kernels that repeat themselves, in a process of its own since cuBLAS is told at its start."""
+    options['datasets']['train'].update({'num_worker_per_gpu': 1, 'pin_memory': True, **train})
+    file = write(options, num_gpu=1, deterministic=True)
+    subprocess.run([*BASICSR, 'train', '-opt', file], check=True)
+    return Path('experiments/run').rename(folder)
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_repeats_itself_and_goes_on_where_it_stopped(options):
+    """Twice at once and once in two parts: the same bits."""
+    calm, again = (on_the_gpu(options, folder) for folder in ('calm', 'again'))
+    assert_same_run(calm, again, 8)
+    for name in ('models/net_g_8.pth', 'models/net_g_latest.pth', 'training_states/8.state'):
+        (again / name).unlink()
+    again.rename('experiments/run')
+    subprocess.run([*BASICSR, 'train', '-opt', 'run.yml', '--auto_resume'], check=True)
+    assert_same_run(calm, Path('experiments/run'), 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('kind', ['PairedRawLmdbDataset', 'PairedImageDataset'])
+def test_batches_loaded_ahead_are_those_that_are_not(options, kind):
+    """`prefetch_mode: cuda` gives the same weights, from bytes and from floats."""
+    if kind == 'PairedImageDataset':
+        options['datasets']['train'] = {**options['datasets']['train'], **options['datasets']['val'], 'type': kind}
+    plain = on_the_gpu(options, 'plain')
+    assert_same_run(plain, on_the_gpu(options, 'ahead', prefetch_mode='cuda'), 8)
 
 
 def test_a_new_run_moves_the_old_one_aside(options):

@@ -1,14 +1,20 @@
 """What ELANModel promises beyond SRModel."""
 import copy
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elan_basicsr.checkpoint import load_elan
 from elan_basicsr.config.options import load_options
-from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders
+from elan_basicsr.data.loader import to_float
+from elan_basicsr.engine.launch import Processes, process_group
+from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders, join_run
 from elan_basicsr.errors import UserError
+from tests.engine.test_distributed import environment, free_port
 
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
@@ -17,14 +23,14 @@ from basicsr.models.sr_model import SRModel
 @pytest.fixture
 def make(options, tmp_path):
     """Build the model of the options with some changed: make({'train.amp': 'bf16'})."""
-    def build(changes=None, cls=None):
+    def build(changes=None, cls=None, processes=None):
         opt = copy.deepcopy(options)
         if cls is SRModel:
             opt['model_type'] = 'SRModel'
         (tmp_path / 'run.yml').write_text(yaml.safe_dump(opt))
         opt = load_options(tmp_path / 'run.yml', is_train=True,
                            overrides=[f'{key}={value}' for key, value in (changes or {}).items()])
-        opt.update(dist=False, rank=0, world_size=1)
+        join_run(opt, processes or Processes())
         torch.manual_seed(0)
         return build_model(opt)
     return build
@@ -168,3 +174,152 @@ def test_a_checkpoint_tells_what_its_weights_do_not(make, tmp_path):
     model.opt['path']['models'] = str(tmp_path)
     model.save_network(model.net_g, 'net_g', 5)
     assert torch.load(tmp_path / 'net_g_5.pth', weights_only=True).keys() == {'params'}
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_an_iteration_waits_for_its_losses_and_nothing_else(make, options, parts):
+    """Every number that is asked of a device waits for it; the losses come as one list, which is no such question."""
+    options['train']['optim_g'] = {'type': 'SGD', 'lr': 1e-3}  # Adam counts its steps on the CPU
+    model = steps(make({'train.accumulate': parts, 'train.grad_clip': 1}), 1)
+    asked, given = Asked(), []
+    tolist = torch.Tensor.tolist
+    with asked, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, 'tolist', lambda tensor: given.append(tensor.shape) or tolist(tensor))
+        steps(model, 1)
+    assert asked.number == 0 and given == [(1,)]
+    assert all(type(value) is float for value in model.get_current_log().values())
+
+
+class Asked(TorchDispatchMode):
+    """Counts the numbers that tensors are asked for."""
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_part_that_is_no_number_changes_nothing(make):
+    """The losses of all parts are looked at before the weights change."""
+    for broken in (0, 3):
+        model = make({'train.accumulate': 2})
+        data = batch()
+        data['lq'][broken] = float('nan')
+        model.feed_data(data)
+        before, average = weights(model).clone(), copy.deepcopy(model.net_g_ema.state_dict())
+        with pytest.raises(UserError, match='the loss is nan'):
+            model.optimize_parameters(7)
+        assert torch.equal(weights(model), before)
+        assert all(torch.equal(value, average[name]) for name, value in model.net_g_ema.state_dict().items())
+
+
+def test_clipping_keeps_no_history(make):
+    """Nothing that the optimizer holds on to grows with the number of updates."""
+    model = steps(make({'train.grad_clip': 1}), 3)
+    histories = model.optim_wrapper.message_hub.log_scalars
+    assert not [name for name, values in histories.items() if len(values.data[0]) > 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('distributed', [False, True])
+def test_what_is_compiled_is_the_training_step_and_nothing_else(make, distributed, monkeypatch):
+    """Validation on images of several sizes, between steps and without an average, adds no compilation."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with one_process(monkeypatch) if distributed else nullcontext() as processes:
+        model = make({'compile': True, 'train.ema_decay': 0, 'network_g.window_sizes': '[4]'}, processes=processes)
+        with torch.compiler.set_stance(force_backend=backend):
+            steps(model, 2)
+            seen = len(compiled)
+            assert seen > 0
+            loader = build_validation_loaders(model.opt, ('val',))['val']
+            model.validation(loader, 2, None, False)
+            assert len(model.metric_results) == 2
+            steps(model, 1)
+        assert len(compiled) == seen
+        del model
+
+
+@contextmanager
+def one_process(monkeypatch):
+    """A process group of this process alone."""
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with process_group('pytorch') as processes:
+        yield processes
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+GPU = {'num_gpu': 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('changes', [
+    {}, {'train.amp': 'bf16'}, {'train.amp': 'fp16'}, {'train.accumulate': 2}, {'train.grad_clip': 1e-2},
+    {'network_g.use_checkpoint': True}, {'compile': True}, {'compile': True, 'network_g.use_checkpoint': True},
+    {'compile': True, 'network_g.use_checkpoint': True, 'train.accumulate': 2, 'train.amp': 'bf16'}])
+def test_a_gpu_trains_as_the_cpu_does(make, changes, monkeypatch):
+    """Three steps in every way of training end near those in float32 on the CPU, the average and its buffers too."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    torch._dynamo.reset()
+    same = {key: value for key, value in changes.items() if key in ('train.accumulate', 'train.grad_clip')}
+    theirs, ours = steps(make(same), 3), steps(make({**GPU, **changes}), 3)
+    near = 0.5 if changes.get('train.amp') == 'fp16' else 0.1  # whose scaler may skip steps at first
+    assert ours.output.device.type == 'cuda' and weights(ours).isfinite().all()
+    assert ours.get_current_log()['l_pix'] == pytest.approx(theirs.get_current_log()['l_pix'], rel=near / 2)
+    for name, buffer in ours.net_g_ema.named_buffers():
+        expected = theirs.net_g_ema.get_buffer(name)
+        assert torch.equal(buffer, dict(ours.net_g.named_buffers())[name]), name
+        assert torch.allclose(buffer.cpu(), expected, rtol=near, atol=near * float(expected.abs().max())), name
+    if changes.get('train.amp') == 'fp16':
+        assert ours.extra_state()['loss_scaler']['scale'] > 0
+
+
+@pytest.mark.gpu
+def test_a_loss_that_is_no_number_stops_a_run_on_a_gpu(make):
+    """The weights are those before the step."""
+    model = make(GPU)
+    data = batch()
+    data['lq'][1] = float('nan')
+    model.feed_data(data)
+    before = weights(model).clone()
+    with pytest.raises(UserError, match='the loss is nan'):
+        model.optimize_parameters(7)
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.gpu
+def test_an_iteration_on_a_gpu_waits_once(make):
+    """Of batches in pinned memory; the one wait is for the losses."""
+    model = steps(make({**GPU, 'train.grad_clip': 1}), 2)
+    data = batch()
+    data = {**data, 'lq': (data['lq'] * 255).byte(), 'gt': (data['gt'] * 255).byte()}
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            model.feed_data(to_float(data, model.device, pin_memory=True))
+            model.optimize_parameters(3)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    assert len([each for each in caught if 'synchronizing CUDA operation' in str(each.message)]) == 1
+
+
+@pytest.mark.gpu
+def test_validation_in_tiles_on_a_gpu(make, monkeypatch):
+    """Tiles measure nearly what the whole images do."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    model = make({**GPU, 'val.tile': 16})
+    loader = build_validation_loaders(model.opt, ('val',))['val']
+    model.validation(loader, 1, None, False)
+    tiled = model.metric_results
+    model.opt['val']['tile'] = 0
+    model.validation(loader, 1, None, False)
+    assert tiled['psnr'] == pytest.approx(model.metric_results['psnr'], abs=1)

@@ -22,6 +22,7 @@ def test_tables_json_and_figure(tmp_path, capsys, monkeypatch):
                  'edsr=30.25', '--json', 'out.json', '--figure', 'out.png']) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
+    assert 'of float32 GEMM' in shown
     assert '16x12 LR' in shown and 'training step, 2 x 8x8, cpu, 1 threads, 3 runs' in shown
     found = json.loads((tmp_path / 'out.json').read_text())
     assert [(n['name'], n['size'], n['psnr']) for n in found['networks'][:2]] == [
@@ -32,6 +33,7 @@ def test_tables_json_and_figure(tmp_path, capsys, monkeypatch):
     assert all(len(row['seconds']) == 3 and row['min'] <= row['median'] <= row['max'] for row in rows)
     assert all(row['ratio'] == row['median'] / rows[4]['median'] for row in rows[4:8])
     assert all((row['gemm_share'] is None) == (row['work'] == 'training step') for row in rows)
+    assert {row['gemm_dtype'] for row in rows} == {'float32'}
     assert found['machine']['torch'] == torch.__version__
     assert cv2.imread(str(tmp_path / 'out.png')).shape[0] > 100
     assert torch.get_num_threads() == threads

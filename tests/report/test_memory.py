@@ -41,6 +41,7 @@ def test_a_process_that_is_killed_has_no_peak():
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_what_torch_allocates():
+    """Input and output are counted, and in training more."""
     class_, shape = functools.partial(nn.Conv2d, 3, 3, 1), (1, 3, 1024, 1024)
     assert 24 * MIB <= peak_memory(class_, shape, device='cuda') < 60 * MIB
     assert peak_memory(class_, shape, scale=1, device='cuda') > peak_memory(class_, shape, device='cuda')

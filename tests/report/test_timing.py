@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from elan_basicsr.report.benchmark import ratios
-from elan_basicsr.report.timing import Timing, gemm_call, inference_call, time_interleaved, training_step
+from elan_basicsr.report.timing import Timing, gemm_call, inference_call, takes_tf32, time_interleaved, training_step
 
 
 def test_every_other_round_runs_in_reverse_after_warming_up():
@@ -53,6 +53,18 @@ def test_the_yardstick_is_a_product():
 
 @pytest.mark.gpu
 def test_work_on_a_gpu_is_waited_for():
+    """No GPU makes a product as fast as one can be asked for."""
     call, macs = gemm_call('cuda')
     timing = time_interleaved({'gemm': call}, runs=3, device='cuda')['gemm']
     assert macs / timing.median < 1e15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('allowed', [False, True])
+def test_the_yardstick_has_the_precision_of_convolutions(allowed, monkeypatch):
+    """It loses factors' digits beyond TF32's where cuDNN may lose them; torch's own flag stays as it was."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', allowed)
+    monkeypatch.setattr(torch, 'rand', lambda *shape, device: torch.full(shape, 1 + 2.**-12, device=device))
+    call, _ = gemm_call('cuda')
+    assert (float(call()[0, 0]) == 2048.) == takes_tf32('cuda')
+    assert not torch.backends.cuda.matmul.allow_tf32
