@@ -75,9 +75,8 @@ def _choose_device(opt: dict, source: Source, launched: bool) -> None:
     if opt['is_train'] and opt['train'].get('amp') == 'fp16' and opt['num_gpu'] == 0:
         raise source.error('train.amp', 'fp16 needs a GPU, and there is none; expected bf16 or false')
     if launched and (opt.get('dist_params') or {}).get('backend') == 'nccl' and opt['num_gpu'] == 0:
-        raise source.error('dist_params.backend', 'nccl needs a GPU for each process, and '
-                           f'{"num_gpu is 0" if wanted == 0 else "there is none"}; expected gloo, or none for the one '
-                           'that suits')
+        opt['dist_params']['backend'] = 'gloo'  # BasicSR's own files name nccl, and are to run everywhere
+        opt['notices'].append('dist_params.backend: nccl is for GPUs; the processes meet by gloo.')
 
 
 def _complete_datasets(opt: dict) -> None:
