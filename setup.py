@@ -13,7 +13,7 @@ exec((HERE / 'elan_basicsr' / 'version.py').read_text(encoding='utf-8'), VERSION
 
 SPANDREL = ['spandrel>=0.4']  # networks of other architectures
 REPORT = ['matplotlib>=3.8']
-ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']  # onnxscript is what torch.onnx exports with
+ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.7']  # onnxscript is what torch.onnx exports with
 # The option files lie at the top of a checkout, and inside the installed package.
 OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'options/compare'}
 
@@ -62,15 +62,15 @@ setup(
         'numpy>=1.26',
         'pyyaml>=6.0',
         'jsonschema>=4.18',  # checks option files
-        'rich>=13',  # mmengine's own dependency; draws the progress line
+        'rich>=14.3',  # mmengine's own dependency; draws the progress line
         'safetensors>=0.4',
         'jinja2>=3.1',  # torch brings it
-        'pillow>=10.1',
-        'tifffile>=2023.7',  # 16-bit TIFF
+        'pillow>=11.3',
+        'tifffile>=2024.8.10',  # 16-bit TIFF
     ],
     extras_require={
         'spandrel': SPANDREL,
-        'onnx': ONNX,
+        'onnx': ['torch>=2.11', *ONNX],  # older exporters give up on ELAN
         'report': REPORT,
         'completion': ['shtab>=1.7'],
         'test': ['pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8', 'mypy>=2.4',

@@ -21,6 +21,7 @@ from elan_basicsr.version import __version__
 
 # (batch, height, width) that a dynamic file is checked with: smaller than a window, whole windows, odd, several images.
 CHECKED_SIZES = ((1, 1, 1), (1, 7, 40), (1, 32, 48), (2, 33, 47), (1, 64, 17), (3, 25, 16))
+OLDEST_TORCH = (2, 11)
 EXAMPLE_SIZE = (2, 20, 35)
 TOLERANCE = {'float32': 1e-4, 'float16': 1e-2}
 
@@ -57,7 +58,7 @@ def export(source: str | os.PathLike, target: str | os.PathLike, *, opset: int |
             results differ by more than TOLERANCE.
     """
     target = Path(target)
-    _check_target(target)
+    _check(target)
     if min(size) < 1:
         raise UserError(f'--size {size[0]} {size[1]}: expected a height and a width from 1')
     network = load_network(source)
@@ -87,13 +88,15 @@ def export(source: str | os.PathLike, target: str | os.PathLike, *, opset: int |
     return checks
 
 
-def _check_target(target: Path) -> None:
+def _check(target: Path) -> None:
     if target.suffix.lower() != '.onnx':
         raise UserError(f'{target}: expected a name that ends in .onnx')
     if target.exists():
         raise UserError(f'{target}: is there already and is not overwritten; remove it or choose another name')
     if not target.parent.is_dir():
         raise UserError(f'{target}: the folder {target.parent} does not exist')
+    if torch.__version__ < OLDEST_TORCH:  # the exporters before give up on a network of any size
+        raise UserError(f'export needs torch {".".join(map(str, OLDEST_TORCH))} or later, this is {torch.__version__}')
     try:
         import onnxscript  # noqa: F401, what torch.onnx needs
     except ImportError:

@@ -11,7 +11,9 @@ from elan_basicsr.version import __version__
 
 pytest.importorskip('onnxscript')
 pytest.importorskip('onnxruntime')
-from elan_basicsr.interop.export import export
+from elan_basicsr.interop.export import OLDEST_TORCH, export
+
+enough = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason='torch is older than what exports ELAN')
 
 # Single pixels, less than a window, whole windows, odd, many to one side, several images.
 SIZES = ((1, 1, 1), (1, 16, 16), (1, 5, 64), (1, 64, 64), (2, 17, 9), (3, 33, 47), (1, 128, 2))
@@ -50,6 +52,7 @@ def images():
     return [torch.rand(batch, 3, h, w, generator=generator) for batch, h, w in SIZES]
 
 
+@enough
 @pytest.mark.slow
 def test_a_dynamic_file_agrees_at_every_size(source, dynamic):
     net, network = load_elan(source), load_network(dynamic)
@@ -62,6 +65,7 @@ def test_a_dynamic_file_agrees_at_every_size(source, dynamic):
         assert (network.net(x) - expected).abs().max() < 1e-4, x.shape
 
 
+@enough
 @pytest.mark.slow
 def test_the_file_says_what_it_is_and_nothing_of_this_machine(source, dynamic):
     import onnx
@@ -76,6 +80,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(source, dynamic):
     assert b'/site-packages/' not in dynamic.read_bytes() and b'elan_arch.py' not in dynamic.read_bytes()
 
 
+@enough
 def test_a_fixed_file_takes_smaller_images_and_refuses_larger_ones(source, capsys, tmp_path):
     target = tmp_path / 'fixed.onnx'
     assert main(['export', str(source), str(target), '--size', '33', '20', '--check']) == 0
@@ -88,6 +93,7 @@ def test_a_fixed_file_takes_smaller_images_and_refuses_larger_ones(source, capsy
         network.net(torch.rand(1, 3, 33, 40))
 
 
+@enough
 def test_half_precision_and_an_older_opset(source, tmp_path):
     import onnx
     [(_, difference)] = export(source, tmp_path / 'h.onnx', size=(24, 40), fp16=True, opset=18, check=True)
@@ -98,6 +104,7 @@ def test_half_precision_and_an_older_opset(source, tmp_path):
     assert halves > 10 and load_network(tmp_path / 'h.onnx').net(torch.rand(1, 3, 24, 40)).dtype == torch.float32
 
 
+@enough
 @pytest.mark.parametrize('arguments', [dict(num_share=1, num_block=4), dict(num_in_ch=1, num_out_ch=1)])
 def test_variants_are_exported(arguments, tmp_path):
     save_atomic({'params': calibrated(**arguments).state_dict()}, tmp_path / 'a.pth')
@@ -105,6 +112,7 @@ def test_variants_are_exported(arguments, tmp_path):
     assert difference < 1e-4
 
 
+@enough
 def test_torch_export_takes_every_size(source):
     net = load_elan(source)
     free = torch.export.Dim.DYNAMIC
@@ -115,6 +123,7 @@ def test_torch_export_takes_every_size(source):
             assert (program(x) - net(x)).abs().max() < 1e-4, x.shape
 
 
+@enough
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 def test_torchscript_takes_every_size(source, tmp_path):
     net = load_elan(source)
@@ -125,6 +134,7 @@ def test_torchscript_takes_every_size(source, tmp_path):
             assert (traced(x) - net(x)).abs().max() < 1e-4, x.shape
 
 
+@enough
 def test_a_wrong_call_is_answered_in_a_line_and_writes_nothing(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'there.onnx').write_bytes(b'precious')
@@ -142,3 +152,9 @@ def test_a_wrong_call_is_answered_in_a_line_and_writes_nothing(source, tmp_path,
         printed = capsys.readouterr().err
         assert printed.startswith('basicsr: error: ') and message in printed and printed.count('\n') == 1
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(torch.__version__ >= OLDEST_TORCH, reason='torch exports ELAN')
+def test_an_older_torch_is_one_line(source, tmp_path, capsys):
+    assert main(['export', str(source), str(tmp_path / 'a.onnx')]) == 2
+    assert 'export needs torch 2.11 or later' in capsys.readouterr().err
