@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from elan_basicsr.inference import too_large
 from elan_basicsr.report.timing import inference_call, training_step
 
 STATUS, CLEAR_REFS = Path('/proc/self/status'), Path('/proc/self/clear_refs')
@@ -37,8 +38,10 @@ def peak_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, int]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         try:
             return pool.submit(_measure, build, shape, scale, value_range, device, dtype, threads).result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
-            return None
+        except Exception as error:
+            if isinstance(error, BrokenProcessPool) or too_large(error):
+                return None
+            raise
 
 
 def _measure(build, shape, scale, value_range, device, dtype, threads) -> int:

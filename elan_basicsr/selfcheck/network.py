@@ -67,7 +67,7 @@ def ways(on_gpu: bool, training: bool) -> Iterator[Way]:
         yield Way('float32 with TF32', 'TF32', tf32=True)
         yield Way('fp16 with scaler' if training else 'fp16', 'bf16', torch.float16)
     elif library():
-        yield Way('float32, modules', modules=True)
+        yield Way('modules', modules=True)
     yield Way('bf16', 'bf16', torch.bfloat16, modules=True)
     yield Way('channels-last', modules=True, channels_last=True)
     if training:

@@ -98,4 +98,4 @@ class Upscaling:
         result = Enlarger(network, device=self.machine.device).pixels(self.pixels, np.uint8)
         height, width = (edge * network.scale for edge in self.pixels.shape[:2])
         return Outcome(result.shape == (height, width, 3) and max(seen) > most >= seen[-1],
-                       f'{seen[0]:,} → {seen[-1]:,} pixels', note='the image did not go through in smaller tiles')
+                       f'{seen[0]:,} → {seen[-1]:,} px', note='the image did not go through in smaller tiles')
