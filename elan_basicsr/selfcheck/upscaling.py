@@ -71,7 +71,7 @@ class Upscaling:
         if not shutil.which('ffmpeg'):
             return Outcome(None, note='ffmpeg is not installed')
         self.weights()
-        clip = self.folder / 'clip.mkv'
+        clip = self.folder / 'clip.mp4'  # Matroska files hold a number that is another each time
         subprocess.run(['ffmpeg', '-v', 'error', '-f', 'lavfi', '-i', 'testsrc=size=96x64:rate=25', '-frames:v',
                         str(CLIP_FRAMES), str(clip)], check=True, stdin=subprocess.DEVNULL)
         return self.all_equal([self.enlarge([clip.name], out)[0] for out in ('once', 'again')])
