@@ -66,7 +66,7 @@ def _by_prefix(state: StateDict) -> dict[str, StateDict]:
 
 
 def choose_network(found: dict[str, StateDict], key: str | None, path, exact: bool = False) -> StateDict:
-    """Of some networks the one under `key`, else the only average of weights, or where `key` is no average's, the other.
+    """Of some networks the one under `key`, else the only average of weights, or where `key` is no average's the other.
 
     Copies count once. What was taken of several is logged.
 
@@ -117,7 +117,8 @@ def check_finite(state: StateDict, path) -> None:
     """Raise UserError naming the first of the weights that hold NaN or infinity, which no network computes with."""
     bad = {name: count for name, value in state.items() if (count := _not_finite(value))}
     if bad:
-        first, more = next(iter(bad)), f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''
+        first, number = next(iter(bad)), len(bad) - 1
+        more = f' and {number} more tensor{"s" * (number > 1)}' if number else ''
         raise UserError(f'{path}: its weights hold NaN or infinity: {shown_name(first)}{more}, '
                         f'{sum(bad.values())} values in all; the training that wrote it had diverged, or the file is '
                         'damaged: take an earlier checkpoint')
