@@ -21,7 +21,7 @@ from elan_basicsr.version import __version__
 
 # (batch, height, width) that a dynamic file is checked with: smaller than a window, whole windows, odd, several images.
 CHECKED_SIZES = ((1, 1, 1), (1, 7, 40), (1, 32, 48), (2, 33, 47), (1, 64, 17), (3, 25, 16))
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = '2.11'  # torch's own version compares as a version, not as a text
 EXAMPLE_SIZE = (2, 20, 35)
 TOLERANCE = {'float32': 1e-4, 'float16': 1e-2}
 
@@ -96,7 +96,7 @@ def _check(target: Path) -> None:
     if not target.parent.is_dir():
         raise UserError(f'{target}: the folder {target.parent} does not exist')
     if torch.__version__ < OLDEST_TORCH:  # the exporters before give up on a network of any size
-        raise UserError(f'export needs torch {".".join(map(str, OLDEST_TORCH))} or later, this is {torch.__version__}')
+        raise UserError(f'export needs torch {OLDEST_TORCH} or later, this is {torch.__version__}')
     try:
         import onnxscript  # noqa: F401, what torch.onnx needs
     except ImportError:
