@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from elan_basicsr.data.resize import imresize
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get('ELAN_SHARED', ROOT.parent / 'shared'))
+
+
+compiler = pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler')
 
 
 def with_checkout() -> str:

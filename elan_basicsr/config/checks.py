@@ -4,7 +4,11 @@ What is wrong in the text comes first and missing files last, so that a file can
 """
 from __future__ import annotations
 
+import os
+import shutil
 from os import path as osp
+
+import torch
 
 from elan_basicsr.config.parts import DATASET, DATASET_KEYS, MODEL, PATCH_KEYS, check_choice, find, find_type
 from elan_basicsr.config.reader import Path_, Source, nearest
@@ -18,6 +22,7 @@ from basicsr.models.srgan_model import SRGANModel
 from basicsr.models.stylegan2_model import StyleGAN2Model
 from basicsr.models.swinir_model import SwinIRModel
 
+COMPILES_CHECKPOINTS = '2.11'  # of torch's versions, the first that was seen to compile a recomputed block rightly
 BENCHMARKS = ('Set5', 'Set14', 'B100', 'BSD100', 'Urban100', 'Manga109')
 LAYOUTS = (('_raw.lmdb', 'a raw LMDB', 'PairedRawLmdbDataset'),
            ('_sub.lmdb', 'an LMDB of sub-images', 'PairedImageDataset'))
@@ -148,6 +153,11 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     for section, key in (('', 'network_d'), ('train', 'optim_d'), ('train', 'gan_opt')) if adversarial else ():
         if not (train if section else opt).get(key):
             raise source.error(section or 'model_type', f'section {key} is missing, which {name} needs')
+    if opt.get('compile') and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+        raise source.error('compile', 'torch.compile needs a C++ compiler, and there is none; install g++, or leave it out')
+    if opt.get('compile') and opt['network_g'].get('use_checkpoint') and torch.__version__ < COMPILES_CHECKPOINTS:
+        raise source.error('compile', f'with network_g.use_checkpoint needs torch {COMPILES_CHECKPOINTS} or later; in '
+                           f'{torch.__version__} BatchNorm would count every batch twice; leave out one of them')
     losses = [key for key, value in train.items() if key.endswith('_opt') and value]
     for key in losses:
         try_loss(train[key], ('train', key), source)

@@ -7,6 +7,7 @@ wrong gradient or window is off by a good part of the result, a hundred times as
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.config.checks import COMPILES_CHECKPOINTS
 from elan_basicsr.selfcheck.checks import Check, Machine, Outcome, tf32, within
 
 MARGIN = 4
@@ -130,6 +132,10 @@ class Case:
 
     def compare(self, way: Way, training: bool) -> Outcome:
         """The worst deviation of any result, in multiples of what is allowed."""
+        if way.compiled and not shutil.which('gcc'):
+            return Outcome(None, note='torch.compile needs a C++ compiler')
+        if way.compiled and way.use_checkpoint and torch.__version__ < COMPILES_CHECKPOINTS:
+            return Outcome(None, note=f'needs torch {COMPILES_CHECKPOINTS}')
         found = self.run(way, training, self.machine.device)
         allowed = self.allowed(way.rounding, training)
         worst = max(((name, value, MARGIN * max(allowed[_kind(name)], LEAST))

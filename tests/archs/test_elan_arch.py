@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from elan_basicsr.archs import cpu, elan_arch
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import load_elan
+from elan_basicsr.config.checks import COMPILES_CHECKPOINTS
+from tests.conftest import compiler
 
 from .golden import GOLDEN, load_golden
 from .steps import step
@@ -135,8 +137,9 @@ def test_attention_in_parts_is_that_of_the_whole_to_the_bit(monkeypatch, limit):
     assert not [name for name, value in parts.items() if not torch.equal(value, whole[name])]
 
 
+@pytest.mark.skipif(torch.__version__ < COMPILES_CHECKPOINTS, reason='an option file that asks for it is refused')
 @pytest.mark.parametrize('backend, breaks', [
-    pytest.param('inductor', False, marks=pytest.mark.slow), ('aot_eager', False), ('aot_eager', True)])
+    pytest.param('inductor', False, marks=[pytest.mark.slow, compiler]), ('aot_eager', False), ('aot_eager', True)])
 def test_a_compiled_step_with_use_checkpoint_is_the_step_without(monkeypatch, backend, breaks):
     """Statistics, output and gradients, also where the compiler leaves the blocks to Python."""
     monkeypatch.setattr(cpu, 'stand_in', lambda *_: None)

@@ -12,6 +12,7 @@ from elan_basicsr.config.options import load_options
 from elan_basicsr.config.reader import MAX_BYTES, read_yaml
 from elan_basicsr.engine.run import meeting
 from elan_basicsr.errors import UserError
+from tests.conftest import compiler
 
 TRAIN = """\
 name: run
@@ -203,6 +204,25 @@ def test_files_that_name_nccl_run_without_a_gpu_and_say_so(gpus, monkeypatch):
     assert 'dist_params.backend: nccl is for GPUs; the processes meet by gloo.' in opt['notices']
 
 
+def test_without_a_compiler_nothing_is_to_be_compiled(monkeypatch):
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setenv('PATH', '')
+    with pytest.raises(UserError, match='compile: torch.compile needs a C.. compiler, and there is none; install g'):
+        load_options(write(TRAIN), is_train=True, overrides=['compile=true'])
+
+
+@compiler
+def test_an_older_torch_does_not_compile_what_it_would_count_twice(monkeypatch):
+    both = ['compile=true', 'network_g.use_checkpoint=true']
+    monkeypatch.setattr(torch, '__version__', type(torch.__version__)('2.11.0'))
+    assert load_options(write(TRAIN), is_train=True, overrides=both)['compile']
+    monkeypatch.setattr(torch, '__version__', type(torch.__version__)('2.6.0+cu124'))
+    with pytest.raises(UserError, match='compile: with network_g.use_checkpoint needs torch 2.11 or later'):
+        load_options(write(TRAIN), is_train=True, overrides=both)
+    for one in both:
+        load_options(write(TRAIN), is_train=True, overrides=[one])
+
+
 def test_a_backend_that_is_none_is_told():
     with pytest.raises(UserError, match="dist_params.backend: is 'mpi', expected nccl or gloo or null"):
         load_options(write(TRAIN + 'dist_params:\n  backend: mpi\n'), is_train=True, launched=True)
@@ -244,11 +264,11 @@ def test_keys_of_extensions_pass():
 def test_set_changes_adds_and_reads_yaml():
     opt = load_options(write(TRAIN), is_train=True, overrides=[
         'train.total_iter=7', 'train.optim_g.lr=1e-3', 'train.ema_decay=0.9', 'train.scheduler.milestones=[2, 3]',
-        'datasets.train.pin_memory=true', 'name=two words', 'val.metrics.psnr.crop_border=4', 'compile=true',
+        'datasets.train.pin_memory=true', 'name=two words', 'val.metrics.psnr.crop_border=4', 'sync_bn=true',
         'train.scheduler.milestones.1=5', 'val.metrics.ssim={type: calculate_ssim, crop_border: 2}'])
     assert opt['train']['total_iter'] == 7 and opt['train']['optim_g']['lr'] == 1e-3
     assert opt['train']['ema_decay'] == 0.9 and opt['train']['scheduler']['milestones'] == [2, 5]
-    assert opt['datasets']['train']['pin_memory'] is True and opt['name'] == 'two words' and opt['compile'] is True
+    assert opt['datasets']['train']['pin_memory'] is True and opt['name'] == 'two words' and opt['sync_bn'] is True
     assert opt['val']['metrics']['psnr']['crop_border'] == 4 and list(opt['val']['metrics']) == ['psnr', 'ssim']
 
 

@@ -14,6 +14,7 @@ from elan_basicsr.data.loader import to_float
 from elan_basicsr.engine.launch import Processes, process_group
 from elan_basicsr.engine.run import build_checked_dataset, build_validation_loaders, join_run
 from elan_basicsr.errors import UserError
+from tests.conftest import compiler
 from tests.engine.test_distributed import environment, free_port
 
 from basicsr.models import build_model
@@ -158,6 +159,7 @@ def test_tiles_and_self_ensemble_are_used_in_validation(make):
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
+@compiler
 def test_compiled_training_saves_plain_names(make):
     model = make({'compile': True})
     assert all(not key.startswith('_orig_mod') for key in model.get_bare_model(model.net_g).state_dict())
@@ -220,6 +222,7 @@ def test_clipping_keeps_no_history(make):
     assert not [name for name, values in histories.items() if len(values.data[0]) > 1]
 
 
+@compiler
 @pytest.mark.slow
 @pytest.mark.parametrize('distributed', [False, True])
 def test_what_is_compiled_is_the_training_step_and_nothing_else(make, distributed, monkeypatch):
