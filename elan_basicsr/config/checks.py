@@ -147,17 +147,22 @@ def _how_to_prepare(path: str, dataset: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- training
 
+def _check_compile(opt: dict, source: Source) -> None:
+    if not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+        raise source.error('compile', 'torch.compile needs a C++ compiler; install g++, or leave the key out')
+    if opt['network_g'].get('use_checkpoint') and torch.__version__ < COMPILES_CHECKPOINTS:
+        raise source.error('compile', f'with network_g.use_checkpoint needs torch {COMPILES_CHECKPOINTS} or later; in '
+                           f'{torch.__version__} BatchNorm would count every batch twice; leave out one of them')
+
+
 def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     train, name = opt['train'], opt['model_type']
     adversarial = issubclass(model, (SRGANModel, StyleGAN2Model))
     for section, key in (('', 'network_d'), ('train', 'optim_d'), ('train', 'gan_opt')) if adversarial else ():
         if not (train if section else opt).get(key):
             raise source.error(section or 'model_type', f'section {key} is missing, which {name} needs')
-    if opt.get('compile') and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
-        raise source.error('compile', 'torch.compile needs a C++ compiler, and there is none; install g++, or leave it out')
-    if opt.get('compile') and opt['network_g'].get('use_checkpoint') and torch.__version__ < COMPILES_CHECKPOINTS:
-        raise source.error('compile', f'with network_g.use_checkpoint needs torch {COMPILES_CHECKPOINTS} or later; in '
-                           f'{torch.__version__} BatchNorm would count every batch twice; leave out one of them')
+    if opt.get('compile'):
+        _check_compile(opt, source)
     losses = [key for key, value in train.items() if key.endswith('_opt') and value]
     for key in losses:
         try_loss(train[key], ('train', key), source)
