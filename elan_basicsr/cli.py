@@ -58,6 +58,13 @@ def _command(commands, name: str, help_: str, example: str) -> argparse.Argument
                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    """For a command to which what other packages register counts; carried out by `main`."""
+    parser.add_argument('--import', dest='imports', action='append', default=[], metavar='PACKAGE[.MODULE]',
+                        help='import your own or another package, whose networks, models, data sets, losses and '
+                             'metrics count from then on; may be given several times')
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What `train` and `test` have in common, named as BasicSR names it."""
     parser.add_argument('-opt', required=True, metavar='FILE', help='the option file (YAML)')
@@ -67,6 +74,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
                         help='override options, such as train.total_iter=1000; the value is read as YAML')
     parser.add_argument('--force_yml', nargs='+', action='extend', default=[], metavar='KEY:SUB=VALUE',
                         help="BasicSR's form of --set, for keys that exist")
+    _add_import(parser)
     # torch.distributed.launch passed this; torchrun puts it in the environment, where it is read from.
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
 
@@ -210,6 +218,7 @@ def _add_options_schema(commands) -> None:
     parser = _command(commands, 'schema', 'write the JSON schema with which editors complete and check option files',
                       'basicsr options schema -o options/schema.json')
     parser.add_argument('-o', '--output', metavar='FILE', help='the file to write (default: standard output)')
+    _add_import(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.config.parts import write_schema
@@ -323,6 +332,7 @@ def _add_data_verify(commands) -> None:
                       'basicsr data verify -opt options/train_ELAN_light_x4.yml')
     parser.add_argument('paths', nargs='*', metavar='PATH', help='LMDBs or folders of images')
     parser.add_argument('-opt', metavar='FILE', help='an option file, whose data sets are verified in pairs')
+    _add_import(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.config.reader import read_yaml
@@ -353,6 +363,7 @@ def _add_compare(commands) -> None:
     parser.add_argument('--tile', type=int, default=0, metavar='N', help='restore in tiles of N LR pixels')
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: the GPU if there is one')
     parser.add_argument('--overwrite', action='store_true', help='replace the files of an earlier report')
+    _add_import(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.report.compare import compare
@@ -408,6 +419,7 @@ def _add_explain(commands) -> None:
                         help='the figure (default: explained.png)')
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: the GPU if there is one')
     parser.add_argument('--overwrite', action='store_true', help='replace the figure if it is there')
+    _add_import(parser)
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.report.attribution import explain
@@ -445,6 +457,7 @@ def _add_benchmark(commands) -> None:
                         help='instead: ELAN x4 against the official code and SwinIR-light, all rows or those named')
     parser.add_argument('--trained', nargs='+', default=[], metavar='FILE',
                         help='with --table: a trained ELAN-light x4 and LR images, to state the error of bf16')
+    _add_import(parser)
     parser.set_defaults(call=_benchmark)
 
 
@@ -505,6 +518,9 @@ def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda
     try:
         if not getattr(args, 'light', False):
             prepare()
+        if 'imports' in args:
+            from elan_basicsr.interop.plugins import import_plugins
+            import_plugins(args.imports)
         code = args.call(args)
         sys.stdout.flush()
         return code

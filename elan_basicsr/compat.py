@@ -305,8 +305,39 @@ def memcached_path() -> bool:
     return True
 
 
+# Module of basicsr 1.3.4.9 -> those of 1.4.2 that hold its functions and classes.
+MOVED = {
+    'utils.matlab_functions': ('utils.color_util',),
+    'losses': ('losses.basic_loss', 'losses.gan_loss'),
+    'losses.losses': ('losses.basic_loss', 'losses.gan_loss'),
+}
+
+
+def moved_names() -> bool:
+    """Projects for BasicSR 1.3.x import what 1.4 moved, such as `rgb2ycbcr` of `basicsr.utils.matlab_functions`.
+
+    No upstream report. The old places get what they lack. `GANFeatLoss` and `basicsr.utils.face_util`, which 1.4
+    dropped, stay gone.
+    """
+    repaired = False
+    for old, new in MOVED.items():
+        name = f'basicsr.{old}'
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name, 'Names of basicsr 1.3.x.')
+            parent, _, child = name.rpartition('.')
+            setattr(sys.modules[parent], child, sys.modules[name])
+        module = importlib.import_module(name)
+        for source in (importlib.import_module(f'basicsr.{each}') for each in new):
+            for key, value in vars(source).items():
+                if getattr(value, '__module__', None) == source.__name__ and not hasattr(module, key):
+                    setattr(module, key, value)
+                    repaired = True
+    return repaired
+
+
 REPAIRS = (image_size_limit, functional_tensor, ndimage_filters, jpeg_quality, filter2d_layout, image_errors, safe_yaml,
-           force_yml, safe_torch_load, memcached_path, resume_without_gpu, ddp_without_gpu, process_group_without_gpu)
+           force_yml, safe_torch_load, memcached_path, resume_without_gpu, ddp_without_gpu, process_group_without_gpu,
+           moved_names)
 applied: dict[str, bool] = {}
 
 

@@ -39,6 +39,27 @@ def test_degradations_of_the_toolbox_work():
     assert random_add_gaussian_noise_pt(torch.rand(2, 3, 8, 8), gray_prob=0.5).shape == (2, 3, 8, 8)
 
 
+def test_what_projects_for_basicsr_1_3_import_is_found_at_its_old_place():
+    """Every function and class of 1.3.4.9 that 1.4.2 holds elsewhere, as a list of what the two define tells."""
+    from basicsr.losses import CharbonnierLoss, GANLoss, L1Loss, MSELoss, PerceptualLoss, WeightedTVLoss
+    from basicsr.losses.losses import (  # noqa: F401
+        MultiScaleGANLoss,
+        charbonnier_loss,
+        g_path_regularize,
+        gradient_penalty_loss,
+        l1_loss,
+        mse_loss,
+        r1_penalty,
+    )
+    from basicsr.utils import color_util
+    from basicsr.utils.matlab_functions import bgr2ycbcr, imresize, rgb2ycbcr, ycbcr2bgr, ycbcr2rgb
+    assert (bgr2ycbcr, rgb2ycbcr) == (color_util.bgr2ycbcr, color_util.rgb2ycbcr)
+    assert (ycbcr2bgr, ycbcr2rgb) == (color_util.ycbcr2bgr, color_util.ycbcr2rgb)
+    assert imresize.__module__ == 'basicsr.utils.matlab_functions'
+    import basicsr.losses.losses as old
+    assert {CharbonnierLoss, GANLoss, L1Loss, MSELoss, PerceptualLoss, WeightedTVLoss} <= set(vars(old).values())
+
+
 def test_niqe_works():
     from basicsr.metrics import calculate_niqe
     img = np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8)

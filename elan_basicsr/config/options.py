@@ -10,6 +10,7 @@ import torch
 from elan_basicsr.config.checks import check
 from elan_basicsr.config.reader import Source, apply_overrides, read_yaml
 from elan_basicsr.config.schema import KEYS, check_keys
+from elan_basicsr.interop import plugins
 
 DEBUG_FREQUENCY = 8
 
@@ -43,7 +44,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     check(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
     opt['path'] = opt.get('path') or {}
-    opt['notices'] = []
+    opt['notices'] = plugins.notices()
     _choose_device(opt, source, launched)
     if debug and not opt['name'].startswith('debug'):
         opt['name'] = f'debug_{opt["name"]}'

@@ -77,7 +77,8 @@ METRIC = Part('metric', 'a metric such as calculate_psnr', _in(registry.METRIC_R
 def find(name: str, part: Part, source: Source, key: Path_) -> Any:
     """What is registered under `name`, or an error with the nearest names; `key` is where the name stands."""
     registered = part.registered()
-    check_choice(name, registered, part.what, source, key)
+    also = '' if part in (OPTIMIZER, SCHEDULER) else '; what another package registers needs --import PACKAGE'
+    check_choice(name, registered, part.what, source, key, also)
     return registered[name]
 
 
@@ -88,12 +89,12 @@ def find_type(section: dict, part: Part, source: Source, key: Path_) -> Any:
     return find(section['type'], part, source, (*key, 'type'))
 
 
-def check_choice(name, names: Iterable[str], what: str, source: Source, key: Path_) -> None:
+def check_choice(name, names: Iterable[str], what: str, source: Source, key: Path_, also: str = '') -> None:
     names = sorted(names)
     if name not in names:
         near = nearest(str(name), names, count=2, cutoff=0.5)
         expected = f'did you mean {near}?' if near else f'expected one of {", ".join(names[:12])}'
-        raise source.error(key, f'there is no {what} {str(name)[:60]!r}; {expected}')
+        raise source.error(key, f'there is no {what} {str(name)[:60]!r}; {expected}{also}')
 
 
 # In a docstring: `num_feat (int): Channels. Default: 64.`, and as we write it `num_in_ch, num_out_ch: Channels.`

@@ -341,6 +341,8 @@ def _judge_unknown(error: ValidationError, key: Path_, source: Source) -> str:
     From the command line it must be known at the top level, and must not be nearly a known one anywhere: there a slip
     would leave the file's own value in force. A section of arguments knows no others.
     """
+    if key == ('import',):
+        return 'an option file runs no code; expected --import PACKAGE on the command line'
     names, closed, added = list(error.schema['properties']), error.validator_value is False, key in source.added
     absent = [name for name in names if name not in error.instance]
     near = nearest(key[-1], names if added and not closed else absent, cutoff=0.6 if closed else 0.8)

@@ -8,6 +8,7 @@ import torch
 from elan_basicsr import compat
 from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.bootstrap import OPENCV, version
+from elan_basicsr.interop import plugins
 
 from basicsr.utils import registry
 
@@ -24,7 +25,7 @@ EXPECTED = {
 
 
 def doctor() -> int:
-    """Print versions, devices, repairs and registries; return 0 when every registry holds what it should, else 1."""
+    """Print versions, devices, repairs and registries; return 0 when all is there that should be, else 1."""
     print(f'Python {platform.python_version()} on {platform.system()} {platform.release()} ({platform.machine()})')
     print('\nversions')
     for names in PACKAGES:
@@ -42,13 +43,26 @@ def doctor() -> int:
     for repair in compat.REPAIRS:
         reason = ' '.join((repair.__doc__ or '').split('\n\n')[0].split())
         print(f'  {"applied" if compat.applied[repair.__name__] else "not needed":<12}{repair.__name__}: {reason}')
+    broken = _print_plugins()
     print('\nregistries')
     absent = {name: [entry for entry in entries if not _registered(getattr(registry, name), entry)]
               for name, entries in EXPECTED.items()}
     for name, missing in absent.items():
         state = f'MISSING {", ".join(missing)}' if missing else 'complete'
         print(f'  {name:<18}{len(list(getattr(registry, name).keys())):>3} entries, {state}')
-    return 1 if any(absent.values()) else 0
+    return 1 if broken or any(absent.values()) else 0
+
+
+def _print_plugins() -> bool:
+    """Import and list the installed packages that register with the toolbox; tell whether one of them is broken."""
+    print(f'\nplugins (entry points {plugins.GROUP})')
+    found = list(plugins.import_installed())
+    for entry_point, wrong in found:
+        name = f'{entry_point.dist.name} {entry_point.dist.version}' if entry_point.dist else entry_point.name
+        print(f'  {name:<24}{f"BROKEN {wrong}" if wrong else plugins.told(entry_point.module)}')
+    if not found:
+        print('  none installed          `--import PACKAGE` takes any other')
+    return any(wrong for _, wrong in found)
 
 
 def _kernels() -> str:

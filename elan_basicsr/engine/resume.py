@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from elan_basicsr.checkpoint import checksum, damage, own_state_name, read_training_state
 from elan_basicsr.errors import UserError
+from elan_basicsr.interop import plugins
 
 from basicsr.utils.misc import check_resume
 
@@ -26,6 +27,7 @@ def find_resume_state(opt: dict, notices: list[str]) -> dict | None:
     state = read_training_state(path)
     state.update(_own_state(opt, state, Path(path), notices))
     opt['path']['resume_state'] = str(path)
+    notices += plugins.changes(state.get('imports'))
     check_resume(opt, state['iter'])
     return state
 

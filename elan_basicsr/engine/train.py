@@ -34,6 +34,7 @@ from elan_basicsr.engine.run import (
     open_log,
     set_backends,
 )
+from elan_basicsr.interop import plugins
 from elan_basicsr.models.saving import save_whole_files
 from elan_basicsr.models.state_checks import check_training_state
 from elan_basicsr.models.validation import Interrupted
@@ -234,7 +235,8 @@ class Training:
 
     def save(self, validation_due: bool = False) -> None:
         self.logger.info('Saving models and training states.')
-        self.model.progress = {'samples': self.samples, 'step_size': self.step_size, 'validation_due': validation_due}
+        self.model.progress = {'samples': self.samples, 'step_size': self.step_size, 'validation_due': validation_due,
+                               'imports': plugins.imported()}
         self.model.save(self.epoch, self.iteration)
         if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
             delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])

@@ -11,7 +11,6 @@ import ctypes
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,6 +34,7 @@ from elan_basicsr.report.complexity import count
 from elan_basicsr.report.html import Picture, show, write_html
 from elan_basicsr.report.measure import METRICS, all_differences, mean, measure, perceptual_metrics
 from elan_basicsr.report.pairs import Pair, read_pairs
+from elan_basicsr.report.timing import Timing, inference_call, time_interleaved
 from elan_basicsr.report.training_log import Curves, read_run
 from elan_basicsr.version import __version__
 
@@ -45,8 +45,9 @@ BICUBIC = 'bicubic'
 COST_SIZE = (720, 1280)
 """HR height and width at which papers count MACs."""
 COST_NOTE = (f'For an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels: multiply-adds (MACs) as torch counts them and as '
-             'the ELAN paper does, the median latency of three runs, and the memory of a run at its peak beside what '
-             'the network holds.')
+             'the ELAN paper does, the median latency of five rounds in each of which every network ran once, with the '
+             'shortest and the longest, and the memory of a run at its peak beside what the network holds.')
+ROUNDS = 5
 SHOWN = 5
 SMALLEST_CROP = 24
 DIFFERENCES_OF = ('psnr_y', 'ssim_y')
@@ -107,7 +108,7 @@ def compare(files: Sequence[str], *, out: str | os.PathLike, data: Sequence[str]
     result = {
         'version': __version__, 'scale': scale, 'crop_border': scale, 'device': device, 'cost_note': COST_NOTE,
         'threads': torch.get_num_threads(), 'notes': notes,
-        'networks': [cost(contender, scale, device) for contender in contenders],
+        'networks': costs(contenders, scale, device),
         'images': rows, 'means': _means(rows), 'differences': all_differences(
             rows, [contender.name for contender in contenders], DIFFERENCES_OF),
     }
@@ -244,38 +245,29 @@ def _write_image(path: Path, img: np.ndarray) -> None:
         raise UserError(f'{path}: cannot be written ({error.strerror}); expected a folder with space') from None
 
 
-def cost(contender: Contender, scale: int, device: str) -> dict:
-    """What a network costs at an output of 1280x720 pixels.
+def costs(contenders: Sequence[Contender], scale: int, device: str) -> list[dict]:
+    """What networks cost at an output of 1280x720 pixels, timed beside each other.
 
     Returns:
-        `parameters`, `macs` and `paper_macs` as `complexity.count` gives them, `latency` (seconds, the median of three
-        runs after one to warm up) and `memory` (bytes at the peak of a run beyond what was held before it, on the GPU
-        or, on Linux, resident); None where there is no figure.
+        For each `parameters`, `macs` and `paper_macs` as `complexity.count` gives them, `latency`, `latency_min` and
+        `latency_max` (seconds: the median of the rounds, the shortest, the longest) and `memory` (bytes at the peak of
+        a run beyond what was held before it, on the GPU or, on Linux, resident); None where there is no figure.
     """
+    x = torch.rand(1, 3, *(-(-edge // scale) for edge in COST_SIZE), device=device)
+    timings = time_interleaved({contender.name: inference_call(contender.network.net, x) for contender in contenders
+                                if contender.network is not None}, ROUNDS, device)
+    return [_cost(contender, timings.get(contender.name), x) for contender in contenders]
+
+
+def _cost(contender: Contender, timing: Timing | None, x: torch.Tensor) -> dict:
     row = {'name': contender.name, 'architecture': BICUBIC, 'parameters': 0, 'macs': None, 'paper_macs': None,
-           'latency': None, 'memory': None}
-    if contender.network is None:
-        return row
-    net, size = contender.network.net, [-(-edge // scale) for edge in COST_SIZE]
-    x = torch.rand(1, 3, *size, device=device)
-    seconds = []
-    with torch.no_grad():
-        net(x)
-        for _ in range(3):
-            _synchronize(device)
-            begin = time.perf_counter()
-            net(x)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-    found = count(net, 3, *size)
-    row.update(architecture=contender.network.name, parameters=found.parameters, macs=found.macs,
-               paper_macs=found.paper_macs, latency=float(np.median(seconds)), memory=_peak_memory(net, x))
+           'latency': None, 'latency_min': None, 'latency_max': None, 'memory': None}
+    if contender.network is not None and timing is not None:
+        found = count(contender.network.net, *x.shape[1:])
+        row.update(architecture=contender.network.name, parameters=found.parameters, macs=found.macs,
+                   paper_macs=found.paper_macs, latency=timing.median, latency_min=timing.min, latency_max=timing.max,
+                   memory=_peak_memory(contender.network.net, x))
     return row
-
-
-def _synchronize(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

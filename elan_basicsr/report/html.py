@@ -121,16 +121,24 @@ def _images(result: Mapping) -> Table:
 def _costs(result: Mapping) -> Table:
     cells = []
     for row in result['networks']:
-        latency = None if row['latency'] is None else row['latency'] * 1000
+        latency = row['latency']
         memory = None if row['memory'] is None else row['memory'] / 2**20
         cells.append([Cell(row['name'], row['name']), Cell(row['architecture'], row['architecture']),
                       Cell(f'{row["parameters"]:,}' if row['parameters'] else ABSENT, row['parameters']),
                       *(Cell(si(row[key]) if row[key] else ABSENT, row[key]) for key in ('macs', 'paper_macs')),
-                      Cell(show(latency, 1), latency), Cell(show(memory, 0), memory)])
+                      Cell(_latency(row), latency), Cell(show(memory, 0), memory)])
     headings = ['network', 'architecture', 'parameters', 'MACs', "MACs, paper's count", 'latency (ms)',
                 'peak memory (MiB)']
     filled = [i for i in range(len(headings)) if any(row[i].text != ABSENT for row in cells)]
     return [headings[i] for i in filled], [[row[i] for i in filled] for row in cells]
+
+
+def _latency(row: Mapping) -> str:
+    """The median in milliseconds, and from the shortest to the longest round."""
+    if row['latency'] is None:
+        return ABSENT
+    median, shortest, longest = (f'{row[key] * 1000:.1f}' for key in ('latency', 'latency_min', 'latency_max'))
+    return f'{median} ({shortest}–{longest})'
 
 
 def _differences(result: Mapping) -> Table:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from elan_basicsr.inference import too_large
+from elan_basicsr.interop.plugins import import_modules, imported
 from elan_basicsr.report.timing import inference_call, training_step
 
 STATUS, CLEAR_REFS = Path('/proc/self/status'), Path('/proc/self/clear_refs')
@@ -35,7 +36,7 @@ def peak_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, int]
     Returns:
         Bytes; None where the process was killed or the device ran out of memory.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), import_modules, (imported(),)) as pool:
         try:
             return pool.submit(_measure, build, shape, scale, value_range, device, dtype, threads).result()
         except Exception as error:

@@ -13,6 +13,7 @@ import yaml
 
 from elan_basicsr import ELAN
 from elan_basicsr.cli import main
+from elan_basicsr.interop.networks import Network
 from elan_basicsr.report import compare as module
 from elan_basicsr.report.compare import compare, most_different_square
 
@@ -111,8 +112,31 @@ def test_the_cost_of_each_network_is_in_the_tables_and_figures(report):
     assert edsr['macs'] == 9 * 32 * 48 * (3 * 8 + 3 * 8 * 8 + 8 * 32 + 4 * 8 * 3)
     assert first['paper_macs'] > 0 and edsr['paper_macs'] is None
     assert all(row['latency'] > 0 for row in (first, second, edsr)) and bicubic['latency'] is None
+    for row in (first, second, edsr):
+        assert row['latency_min'] <= row['latency'] <= row['latency_max']
+    assert re.search(r'>\d+\.\d \(\d+\.\d–\d+\.\d\)</td>', (report / 'report.html').read_text(encoding='utf-8'))
     assert bicubic['memory'] is None and bicubic['macs'] is None
     assert {path.name for path in (report / 'figures').iterdir()} >= {'psnr_latency.png', 'psnr_macs.png'}
+
+
+def test_networks_are_timed_in_turn():
+    """So that a machine that slows down slows all of them: what a report shows is medians and their spread."""
+    order = []
+
+    class Noted(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            if x.device.type != 'meta':
+                order.append(self.name)
+            return x
+
+    contenders = [module.Contender(name, Network(Noted(name), 1, (3, 3), 1, 1, name)) for name in 'ab']
+    rows = module.costs([*contenders, module.Contender('bicubic', None)], 1, 'cpu')
+    assert ''.join(order).startswith('ab' + 'ab' + 'ba' + 'ab' + 'ba' + 'ab')
+    assert [row['latency'] is None for row in rows] == [False, False, True]
 
 
 def test_hr_images_alone_are_reduced_by_the_bicubic(inputs, report, tmp_path):
