@@ -67,6 +67,7 @@ setup(
         'jinja2>=3.1',  # torch brings it
         'pillow>=10.1',
         'tifffile>=2023.7',  # 16-bit TIFF
+        'pooch>=1.7',  # fetches known weights
     ],
     extras_require={
         'spandrel': SPANDREL,

@@ -15,6 +15,7 @@ from elan_basicsr.checkpoint import build_elan, is_elan, load_into, read_checkpo
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
+from elan_basicsr.interop.weights import local_file
 from elan_basicsr.safe_read import bounded_building
 
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -46,13 +47,13 @@ def load_network(path: str | os.PathLike, device: str | torch.device = 'cpu') ->
     """The network in a file: an ELAN's of any form, any other architecture that spandrel knows, or ONNX.
 
     Args:
-        path: `.pth`, `.pt`, `.ckpt`, `.safetensors`, or `.onnx`.
+        path: `.pth`, `.pt`, `.ckpt`, `.safetensors`, or `.onnx`; or a name of the known weights.
         device: Where it is to run.
 
     Raises:
         UserError: The file cannot be read, holds no known network, or a package for it is not installed.
     """
-    path = Path(path)
+    path = local_file(path)
     if path.suffix.lower() == '.onnx':
         net = OnnxNetwork(path, device).eval()
         return Network(net, net.scale, net.channels, 1, net.window, net.name)
@@ -148,7 +149,7 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     weights = paths.get('pretrain_network_g')
     if not isinstance(weights, str):
         raise source.error('path.pretrain_network_g', 'is not set, expected the file of the trained weights')
-    weights = os.path.expanduser(weights)
+    weights = str(local_file(os.path.expanduser(weights)))
     arguments = dict(opt['network_g'])
     name = arguments.pop('type')
     arch = ARCH_REGISTRY.get(name)
