@@ -1,8 +1,7 @@
 """Checkpoints: every form in circulation in, every form out, read safely and written whole.
 
-A state dict of ELAN comes with four kinds of names: ours, the authors' with depthwise shift kernels, the authors' with
-masked 3x3 convolutions, and traiNNer-redux's (the authors' without mean-shift layers: range 1, mean 0). All become
-ours.
+The table FORMS has the names that ELAN's weights come under; all become ours. `elan_basicsr.contents` finds the weights
+in what a file holds.
 """
 from __future__ import annotations
 
@@ -12,15 +11,27 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN, NUM_SHIFT_GROUPS
+from elan_basicsr.contents import (
+    Known,
+    Needs,
+    StateDict,
+    all_of,
+    any_weights,
+    check_finite,
+    choose_network,
+    described,
+    find_networks,
+    shown_name,
+)
 from elan_basicsr.errors import UserError
 from elan_basicsr.plain_values import NOTE_KINDS, STATE_KINDS, check_values
 from elan_basicsr.safe_read import bounded_building, check_regular, opened_records, read_safetensors, read_torch
@@ -33,47 +44,123 @@ _SHIFT_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1), (1, 1))
 UNSEEN = ('window_sizes', 'img_range', 'rgb_mean')
 NOTE = 'hyperparameters'
 
-StateDict = dict[str, Tensor]
+
+# ------------------------------------------------------------------------------------------------------------ forms
+
+def _names(head: str, tail: str, lfe: str, convolutions: Collection[str], gmsa: str, projections: Collection[str]
+           ) -> tuple[str, ...]:
+    """The names of a network's parts, where {b} is a block and {m} a module in it; any leaf follows a dot at the end.
+    """
+    return head, tail, *(lfe + name for name in convolutions), *(gmsa + name for name in projections)
+
+
+class Form(NamedTuple):
+    """One kind of names.
+
+    Attributes:
+        title: Whose it is.
+        names: What it calls the parts in the order of `_names`. It is recognised by those of the first module.
+        img_range: The range that its networks compute on without a mean where there are no mean-shift layers.
+    """
+    title: str
+    names: tuple[str, ...]
+    img_range: float | None = None
+
+    def first(self) -> list[str]:
+        """The names that every network of this form has."""
+        leaves = ('weight',) * 2 + ('',) * 4 + ('weight', 'running_var', 'weight')
+        return [name.format(b=0, m=0) + leaf for name, leaf in zip(self.names, leaves, strict=True)]
+
+    def patterns(self) -> list[re.Pattern[str]]:
+        """For each part, what its names match; the groups are the block, the module and the leaf."""
+        return [re.compile(re.escape(name).replace(r'\{b\}', r'(?P<b>\d+)').replace(r'\{m\}', r'(?P<m>\d+)')
+                           + (r'(?P<leaf>\w+)' if name.endswith('.') else '(?P<leaf>)')) for name in self.names]
+
+
+OURS = Form('ours', _names(
+    'head.', 'tail.', 'body.{b}.lfe.{m}.', ('conv0.weight', 'conv0.bias', 'conv1.weight', 'conv1.bias'),
+    'body.{b}.gmsa.{m}.', ('project_in.', 'norm.', 'project_out.')))
+# With a fixed depthwise kernel before each 1x1 convolution; traiNNer-redux's has no mean-shift layers.
+AUTHORS = Form("the authors'", _names(
+    'head.0.', 'tail.0.', 'body.{b}.modules_lfe.lfe_{m}.', (
+        'conv0.shift_conv.conv1x1.weight', 'conv0.shift_conv.conv1x1.bias',
+        'conv1.shift_conv.conv1x1.weight', 'conv1.shift_conv.conv1x1.bias'),
+    'body.{b}.modules_gmsa.gmsa_{m}.', ('project_inp.0.', 'project_inp.1.', 'project_out.')), img_range=1.)
+MASKED = Form("the authors' with masked 3x3 kernels", _names(
+    'head.0.', 'tail.0.', 'body.{b}.modules_lfe.lfe_{m}.', (
+        'conv0.shift_conv.w', 'conv0.shift_conv.b', 'conv1.shift_conv.w', 'conv1.shift_conv.b'),
+    'body.{b}.modules_gmsa.gmsa_{m}.', ('project_inp.0.', 'project_inp.1.', 'project_out.')), img_range=1.)
+FRIED_RICE_LAB = Form("FriedRiceLab's", _names(
+    'head.', 'tail.0.', 'body.{b}.modules_lfe.{m}.', ('lfe.0.weight', 'lfe.0.bias', 'lfe.2.weight', 'lfe.2.bias'),
+    'body.{b}.modules_gmsa.{m}.', ('project_inp.0.', 'project_inp.1.', 'project_out.')))
+FORMS = (OURS, AUTHORS, MASKED, FRIED_RICE_LAB)
+
+# What is not learnt: the layers of the mean, depthwise shift kernels (C, 1, 3, 3), and masks (D, C, 3, 3).
+_FIXED = re.compile(r'(sub|add)_mean\.|.*\.(shift_conv\.(weight|m)|lfe\.\d+\.mask)$')
+
+
+def is_elan(state: StateDict) -> bool:
+    """Whether a state dict is an ELAN's, in any form, by the names alone."""
+    return any(state.keys() >= set(form.first()) for form in FORMS)
+
+
+def needs_of_elan() -> list[tuple[str, Needs]]:
+    """ELAN in each form, for `contents.described`."""
+    return [(f'ELAN in {form.title} form' if form is not OURS else 'ELAN', all_of(form.first())) for form in FORMS]
+
+
+def _form_of(names: Collection[str]) -> Form:
+    """The form that most of the names fit: some may be missing, as in a part of a network."""
+    def fitting(form: Form) -> int:
+        patterns = form.patterns()
+        return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
+    return max(FORMS, key=fitting)
+
+
+def _renaming(source: Form, target: Form) -> Callable[[str], str]:
+    pairs = list(zip(source.patterns(), target.names, strict=True))
+
+    def rename(name: str) -> str:
+        for pattern, part in pairs:
+            if match := pattern.fullmatch(name):
+                return part.format(**match.groupdict()) + match['leaf']
+        return name
+
+    return rename
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
-def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> StateDict:
-    """The network weights in a file, names as they stand there, without a `module.` prefix; tensors on the CPU.
+def read_state_dict(path: str | os.PathLike, param_key: str | None = None, known: Known = is_elan) -> StateDict:
+    """The weights of a network in a file, names as they stand there after any prefix; tensors on the CPU.
 
-    Takes the authors' form (`model_state_dict`), BasicSR's (`params`, `params_ema`), a bare state dict, `.safetensors`.
+    Takes what torch.save or safetensors wrote, with the network's dict of tensors under any keys, and with any prefix
+    of wrappers before its names: the network is what `known` recognises. Where nothing is, weights as they stand there.
 
     Args:
         path: The file.
-        param_key: Which of several sets of weights; when not given or absent, `params_ema`, then `params`.
+        param_key: Which of several networks: a key or prefix. When not given or absent, the average of the weights
+            where the file has one, and where `params` is absent, the others.
+        known: Tells by the names, and tensors, whether it is a network.
 
     Raises:
-        UserError: The file is missing, truncated, no checkpoint, or holds objects other than tensors, which is never
-            unpickled.
+        UserError: The file is missing, truncated, no checkpoint, holds objects other than tensors, which are never
+            unpickled, holds several networks, or weights that are not finite.
     """
-    return read_checkpoint(path, param_key)[0]
+    return read_checkpoint(path, param_key, known=known)[0]
 
 
-def read_checkpoint(path: str | os.PathLike, param_key: str | None = None,
-                    exact: bool = False) -> tuple[StateDict, dict]:
+def read_checkpoint(path: str | os.PathLike, param_key: str | None = None, exact: bool = False,
+                    known: Known = is_elan) -> tuple[StateDict, dict]:
     """The network weights in a file, as `read_state_dict`, and the hyper-parameters noted beside them, if any.
 
     With `exact`, a file that has no `param_key` is an error.
     """
     content = read_safetensors(path, NOTE) if str(path).endswith('.safetensors') else read_torch(path)
-    state, noted = content, content.pop(NOTE, None)
-    if exact and not isinstance(content.get(param_key), dict):
-        raise UserError(f'{path}: has no {param_key}; it holds {", ".join(map(str, list(content)[:4]))}')
-    for key in (param_key, 'params_ema', 'params', 'model_state_dict', 'state_dict', 'model'):
-        if key is not None and isinstance(content.get(key), dict):
-            state = content[key]
-            break
-    state = {str(name).removeprefix('module.'): value for name, value in state.items()}
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others or not state:
-        found = f'{others[0][:80]!r} is no tensor' if others else 'it is empty'
-        raise UserError(f'{path}: no network weights found: {found}; expected a state dict, or one under params, '
-                        'params_ema or model_state_dict')
+    noted = content.pop(NOTE, None)
+    found = find_networks(content, known)
+    state = choose_network(found, param_key, path, exact) if found else any_weights(content, param_key, path)
+    check_finite(state, path)
     noted = {key: noted[key] for key in UNSEEN if key in noted} if isinstance(noted, dict) else {}
     check_values(noted, NOTE_KINDS, path)
     return state, noted
@@ -193,24 +280,35 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- converting
 
 def to_native(state: StateDict) -> StateDict:
-    """Any known naming of ELAN's weights to ours. Fixed shift kernels and mean-shift layers are dropped."""
+    """ELAN's weights of any form under our names. Fixed shift kernels and mean-shift layers are dropped.
+
+    Raises:
+        UserError: A kernel has another shape than in that form, or shifts otherwise.
+    """
+    form = _form_of(state)
+    rename = _renaming(form, OURS)
     native = {}
-    masked = {name[:-2] for name in state if name.endswith('shift_conv.w')}
     for name, value in state.items():
-        if name.startswith(('sub_mean.', 'add_mean.')) or name.endswith(('shift_conv.weight', 'shift_conv.m')):
-            continue
-        if name.endswith('shift_conv.w') and name[:-2] in masked:
-            value = _open_taps(value)
-        native[_native_name(name)] = value
+        if form is not OURS and _FIXED.match(name):
+            _check_shift(name, value)
+        else:
+            native[rename(name)] = _open_taps(value) if form is MASKED and name.endswith('shift_conv.w') else value
     return native
 
 
-def _native_name(name: str) -> str:
-    name = re.sub(r'^(head|tail)\.0\.', r'\1.', name)
-    name = re.sub(r'\.modules_(lfe|gmsa)\.\1_(\d+)\.', r'.\1.\2.', name)
-    name = name.replace('.shift_conv.conv1x1.', '.')
-    name = name.replace('.shift_conv.w', '.weight').replace('.shift_conv.b', '.bias')
-    return name.replace('.project_inp.0.', '.project_in.').replace('.project_inp.1.', '.norm.')
+def _check_shift(name: str, value: Tensor) -> None:
+    """Of what is fixed the shifts are what could differ without a trace in the result's shape."""
+    if '_mean.' in name:
+        return
+    depthwise = not name.endswith('.m')
+    right = value.dim() == 4 and value.shape[2:] == (3, 3) and (not depthwise or value.shape[1] == 1)
+    if right:
+        kernel = _shift_kernel(value.shape[0 if depthwise else 1])
+        kernel = kernel if depthwise else kernel.transpose(0, 1).expand_as(value)
+        right = torch.equal(value.to(kernel.dtype), kernel)
+    if not right:
+        raise UserError(f'the weights are not those of an ELAN: {name} is no kernel that shifts channels right, left, '
+                        'below, above and not')
 
 
 def _open_taps(kernel: Tensor) -> Tensor:
@@ -254,19 +352,13 @@ def to_official(net: ELAN) -> StateDict:
     for layer, sign in (('sub_mean', -1), ('add_mean', 1)):
         official[f'{layer}.weight'] = torch.eye(3)[:, :, None, None]
         official[f'{layer}.bias'] = sign * mean
+    rename = _renaming(OURS, AUTHORS)
     for name, value in net.state_dict().items():
-        official_name = _official_name(name)
+        official_name = rename(name)
         if official_name.endswith('conv1x1.weight'):
             official[official_name.replace('conv1x1.', '')] = _shift_kernel(value.shape[1])
         official[official_name] = value
     return official
-
-
-def _official_name(name: str) -> str:
-    name = re.sub(r'^(head|tail)\.', r'\1.0.', name)
-    name = re.sub(r'\.(lfe|gmsa)\.(\d+)\.', r'.modules_\1.\1_\2.', name)
-    name = re.sub(r'\.(conv[01])\.', r'.\1.shift_conv.conv1x1.', name)
-    return name.replace('.project_in.', '.project_inp.0.').replace('.norm.', '.project_inp.1.')
 
 
 def _shift_kernel(channels: int) -> Tensor:
@@ -282,16 +374,8 @@ def _group_sizes(channels: int) -> list[int]:
     return [group] * 4 + [channels - 4 * group]
 
 
-def is_elan(state: StateDict) -> bool:
-    """Whether a state dict is an ELAN's, under any naming, by the names alone."""
-    names = {_native_name(name) for name in state}
-    return names.issuperset({'head.weight', 'tail.weight', 'body.0.lfe.0.conv0.weight', 'body.0.lfe.0.conv1.weight',
-                             'body.0.gmsa.0.project_in.weight', 'body.0.gmsa.0.norm.running_var',
-                             'body.0.gmsa.0.project_out.weight'})
-
-
 def elan_hyperparameters(state: StateDict) -> dict:
-    """Every hyper-parameter of ELAN from the shapes of its weights, under any naming.
+    """Every hyper-parameter of ELAN from the shapes of its weights, in any form.
 
     The window sizes leave no trace in the weights and are not in the result; the range and the mean do only where the
     authors' mean-shift layers are there.
@@ -325,11 +409,10 @@ def elan_hyperparameters(state: StateDict) -> dict:
 
 
 def _range_and_mean(state: StateDict) -> dict:
-    """img_range and rgb_mean, where the naming tells them.
+    """img_range and rgb_mean, where the form tells them.
 
     The authors' layer adds bias = img_range * rgb_mean, so that with the published mean the range is bias / mean. With
     another mean the range is taken for 255, or for 1 where the bias would fit it.
-    traiNNer-redux uses the authors' names without that layer and trains on range 1 without a mean.
     """
     if 'add_mean.bias' in state and state['add_mean.bias'].shape == (3,):
         bias = state['add_mean.bias'].double()
@@ -338,10 +421,10 @@ def _range_and_mean(state: StateDict) -> dict:
             return {'img_range': round(ratios[0].item(), 3)}
         img_range = 255. if bias.max() > 1 else 1.
         return {'img_range': img_range, 'rgb_mean': tuple(round(value / img_range, 6) for value in bias.tolist())}
-    if 'head.0.weight' in state:
-        channels = state['head.0.weight'].shape[1]
-        return {'img_range': 1., 'rgb_mean': (0.,) * channels}
-    return {}
+    form = _form_of(state)
+    if form.img_range is None:
+        return {}
+    return {'img_range': form.img_range, 'rgb_mean': (0.,) * state[form.first()[0]].shape[1]}
 
 
 def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperparameters) -> ELAN:
@@ -349,7 +432,7 @@ def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperp
 
     Args:
         path: The file; see `read_state_dict`.
-        param_key: `params` or `params_ema`, for files that hold both.
+        param_key: Which of several networks, such as `params` or `params_ema`.
         hyperparameters: Arguments of `ELAN` that the weights do not tell, such as `window_sizes` or `img_range`, or
             that should be other than found.
 
@@ -363,6 +446,8 @@ def load_elan(path: str | os.PathLike, *, param_key: str | None = None, **hyperp
 
 def build_elan(state: StateDict, noted: dict, path: str | os.PathLike, **hyperparameters) -> ELAN:
     """The ELAN of what `read_checkpoint` has read from `path`; see `load_elan`."""
+    if not is_elan(state):
+        raise UserError(f'{path}: its weights are not those of an ELAN: {described(state, needs_of_elan())}')
     try:
         with bounded_building(2 * len(state) + 100, 2 * sum(value.numel() for value in state.values()) + 1000):
             net = ELAN(**{**elan_hyperparameters(state), **noted, **hyperparameters})
@@ -376,15 +461,16 @@ def build_elan(state: StateDict, noted: dict, path: str | os.PathLike, **hyperpa
     return net.eval()
 
 
-def load_into(net: ELAN, path: str | os.PathLike, strict: bool = True, param_key: str | None = 'params') -> list[str]:
-    """Load a checkpoint of any known form into a network.
+def load_into(net: nn.Module, path: str | os.PathLike, strict: bool = True, param_key: str | None = 'params'
+              ) -> list[str]:
+    """Load a checkpoint into a network: of ELAN in any form, of another architecture by its own names.
 
     Args:
         net: The network, which keeps its hyper-parameters.
         path: The file; see `read_state_dict`.
         strict: Whether every weight must fit. Otherwise those that are absent or have another shape stay as they are:
             an x2 network starts an x3 or x4 one, all but the tail.
-        param_key: `params` or `params_ema`, for files that hold both.
+        param_key: Which of several networks, such as `params` or `params_ema`.
 
     Returns:
         The names of the weights that were not loaded, empty when `strict`.
@@ -392,32 +478,45 @@ def load_into(net: ELAN, path: str | os.PathLike, strict: bool = True, param_key
     Raises:
         UserError: The file cannot be read, or does not fit.
     """
-    state = read_state_dict(path, param_key)
+    own = net.state_dict()
+
+    def has_much_of_it(state: StateDict) -> bool:
+        rename = _renaming(_form_of(state), OURS) if isinstance(net, ELAN) else str
+        return 4 * len(own.keys() & map(rename, state)) >= len(own)
+
+    state = read_state_dict(path, param_key, known=has_much_of_it)
     try:
-        native = to_native(state)
+        state = to_native(state) if isinstance(net, ELAN) else state
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     if strict:
-        _load_native(net, native, path)
+        _load_native(net, state, path)
         return []
-    own = net.state_dict()
-    fitting = {name: value for name, value in native.items() if name in own and own[name].shape == value.shape}
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise UserError(f'{path}: none of its weights fits the network; is it an ELAN of the same width?')
+        raise UserError(f'{path}: none of its weights fits the network: {described(state, [_needs(net)])}; expected an '
+                        f'{type(net).__name__} of the same width')
     net.load_state_dict(fitting, strict=False)
     return [name for name in own if name not in fitting]
 
 
+def _needs(net: nn.Module) -> tuple[str, Needs]:
+    return f'the {type(net).__name__} here', all_of(net.state_dict().keys())
+
+
 def _load_native(net: nn.Module, native: StateDict, path) -> None:
     own = net.state_dict()
+    if not own.keys() & native.keys():
+        raise UserError(f'{path}: does not fit the network: {described(native, [_needs(net)])}; expected the weights '
+                        f'of an {type(net).__name__}')
     wrong = [f'{name} is {tuple(native[name].shape)} there and {tuple(own[name].shape)} here'
              for name in own if name in native and own[name].shape != native[name].shape]
     wrong += [f'{name} is missing there' for name in own if name not in native]
-    wrong += [f'{name} is unknown here' for name in native if name not in own]
+    wrong += [f'{shown_name(name)} is unknown here' for name in native if name not in own]
     if wrong:
         more = f' and {len(wrong) - 2} more' if len(wrong) > 2 else ''
-        scale = _scale_of(native)
-        hint = f'; the file is x{scale}, the network x{net.upscale}' if scale not in (None, net.upscale) else ''
+        here, there = getattr(net, 'upscale', None), _scale_of(native) if isinstance(net, ELAN) else None
+        hint = f'; the file is x{there}, the network x{here}' if there not in (None, here) else ''
         raise UserError(f'{path}: does not fit the network: {"; ".join(wrong[:2])}{more}{hint}; make network_g agree '
                         'with the file, or set strict_load_g: false to load what fits')
     net.load_state_dict(native)

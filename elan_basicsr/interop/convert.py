@@ -10,7 +10,6 @@ from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import (
     NOTE,
     build_elan,
-    is_elan,
     load_elan,
     note_of,
     read_checkpoint,
@@ -48,8 +47,6 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, form: str | No
     _check_target(target, form)
     source = local_file(source)
     state, noted = read_checkpoint(source, 'params_ema' if ema else 'params', exact=ema)
-    if not is_elan(state):
-        raise UserError(f'{source}: its weights are not those of an ELAN, which alone can be converted')
     net, note = build_elan(state, noted, source), note_of(state, noted)
     if any(value.dtype == torch.float64 for value in state.values()):
         raise UserError(f'{source}: its weights are float64, which conversion would round; expected float32 or less')

@@ -4,14 +4,17 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN, reflect_pad_to_multiple
-from elan_basicsr.checkpoint import build_elan, is_elan, load_into, read_checkpoint, read_state_dict
+from elan_basicsr.checkpoint import build_elan, is_elan, load_into, needs_of_elan, read_checkpoint, read_state_dict
+from elan_basicsr.contents import Known, Needs, described
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
@@ -60,7 +63,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = 'cpu') ->
     state, noted = read_checkpoint(path)
     if is_elan(state):
         return _of_elan(build_elan(state, noted, path).to(device))
-    return _load_with_spandrel(path, state, device)
+    return _load_with_spandrel(path, device)
 
 
 def _of_elan(net: ELAN) -> Network:
@@ -86,28 +89,68 @@ class _Described(nn.Module):
         return self.call(self.model, extend(x, h + pad_h, w + pad_w))[..., :h * self.scale, :w * self.scale]
 
 
-def _load_with_spandrel(path: Path, state: dict[str, Tensor], device) -> Network:
+def _load_with_spandrel(path: Path, device) -> Network:
     """spandrel gets weights that are read already: its own reading of files bounds no sizes, and loads programs."""
     try:
         import spandrel
     except ImportError:
-        raise UserError(f'{path}: is no ELAN; other networks are read through spandrel, which is not '
-                                      'installed: pip install spandrel') from None
-    try:
-        with bounded_building(4 * len(state) + 1000, 4 * sum(value.numel() for value in state.values()) + 10**7):
-            descriptor = spandrel.ModelLoader('cpu').load_from_state_dict(spandrel.canonicalize_state_dict(state))
-    except spandrel.UnsupportedModelError:
-        raise UserError(f'{path}: is of no architecture that is known here: neither ELAN nor one of the '
-                                      f'{len(spandrel.MAIN_REGISTRY)} of spandrel {spandrel.__version__}; a network of '
-                                      "BasicSR's is loaded by its option file") from None
-    except Exception as error:  # loaders and constructors fail in every way on damaged or foreign files
-        raise UserError(f'{path}: cannot be loaded ({" ".join(str(error).split())[:200]})') from None
+        found = described(read_state_dict(path), needs_of_elan())
+        raise UserError(f'{path}: is no ELAN: {found}; other networks are read through spandrel, which is not '
+                        'installed: pip install spandrel') from None
+    built, failed = {}, []
+
+    def loads(state: dict[str, Tensor]) -> bool:
+        """A part of a foreign network can look like another one; then its weights do not fit that."""
+        support = next((support for support in spandrel.MAIN_REGISTRY.architectures('detection')
+                        if _detects(support.detect, state)), None)
+        if support is None:
+            return False
+        try:
+            with bounded_building(4 * len(state) + 1000, 4 * sum(value.numel() for value in state.values()) + 10**7):
+                built[frozenset(state.items())] = support.architecture.load(state)
+        except Exception as error:  # loaders and constructors fail in every way on damaged or foreign files
+            failed.append(f'{support.architecture.name} ({" ".join(str(error).split())[:200]})')
+            return False
+        return True
+
+    state = read_state_dict(path, known=loads)
+    descriptor = built.get(frozenset(state.items()))
+    if descriptor is None:
+        found = described(state, [*needs_of_elan(), *_needs_of_spandrel(spandrel.MAIN_REGISTRY)])
+        if failed:
+            raise UserError(f'{path}: cannot be loaded as {failed[0]}; {found}')
+        raise UserError(f'{path}: is of no architecture that is known here, neither ELAN nor one of the '
+                        f'{len(spandrel.MAIN_REGISTRY)} of spandrel {spandrel.__version__}: {found}; a network of '
+                        "BasicSR's is loaded by its option file")
     if not isinstance(descriptor, spandrel.ImageModelDescriptor):
         raise UserError(f'{path}: is a network for {descriptor.purpose.lower()} with a mask; expected one that makes '
                         'an image from an image')
     net = _Described(descriptor).to(device).eval()
     return Network(net, descriptor.scale, (descriptor.input_channels, descriptor.output_channels),
                    descriptor.size_requirements.multiple_of, _window_of(descriptor.model), descriptor.architecture.name)
+
+
+def _detects(detect: Known, state: dict[str, Tensor]) -> bool:
+    try:
+        return detect(state)
+    except Exception:  # those that look at shapes expect certain ones
+        return False
+
+
+def _needs_of_spandrel(registry) -> list[tuple[str, Needs]]:
+    """For `contents.described`, of the architectures that are detected by names."""
+    from spandrel.util import KeyCondition
+
+    def missing(condition: KeyCondition | str, there: Collection[str]) -> tuple[list[str], int]:
+        if isinstance(condition, str):
+            return [condition] * (condition not in there), 1
+        parts = [missing(part, there) for part in condition._keys]
+        if condition._kind == 'any':
+            return min(parts, key=lambda part: len(part[0]) / part[1])
+        return [name for names, _ in parts for name in names], sum(number for _, number in parts)
+
+    return [(support.architecture.name, partial(missing, support.detect)) for support in registry
+            if isinstance(support.detect, KeyCondition)]
 
 
 def _window_of(model: nn.Module) -> int:
@@ -155,10 +198,9 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     arch = ARCH_REGISTRY.get(name)
     net = arch(**arguments)
     param_key, strict = paths.get('param_key_g', 'params'), paths.get('strict_load_g', True)
+    load_into(net, weights, strict=strict, param_key=param_key)
     if isinstance(net, ELAN):
-        load_into(net, weights, strict=strict, param_key=param_key)
         return _of_elan(net.to(device).eval())
-    _load_weights(net, weights, strict, param_key)
     defaults = {key: value.default for key, value in inspect.signature(arch).parameters.items()}
     arguments = {**defaults, **arguments}
     scale = opt.get('scale') or arguments.get('upscale') or arguments.get('scale') or 1
@@ -169,11 +211,3 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     channels = number(('num_in_ch', 'in_chans'), 3), number(('num_out_ch', 'num_in_ch', 'in_chans'), 3)
     window = number(('window_size',), 1)
     return Network(_Padded(net, window, scale).to(device).eval(), scale, channels, window, window, name)
-
-
-def _load_weights(net: nn.Module, weights: str, strict: bool, param_key: str | None) -> None:
-    try:
-        net.load_state_dict(read_state_dict(weights, param_key), strict=strict)
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split()[:40])
-        raise UserError(f'{weights}: does not fit network_g of the option file: {reason}; make them agree') from None

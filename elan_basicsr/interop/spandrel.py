@@ -17,17 +17,19 @@ from spandrel import (
 
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import elan_hyperparameters, is_elan, to_native
+from elan_basicsr.contents import choose_network, find_networks
 
 
 class ELANArch(Architecture[ELAN]):
-    """Detects and loads ELAN under any of its namings: ours, the authors' two, traiNNer-redux's."""
+    """Detects and loads ELAN in any of `checkpoint.FORMS`, under any keys and prefixes."""
 
     def __init__(self) -> None:
-        super().__init__(id='ELAN', detect=is_elan)
+        super().__init__(id='ELAN', detect=lambda state_dict: bool(find_networks(state_dict, is_elan)))
 
     def load(self, state_dict: StateDict) -> ImageModelDescriptor[ELAN]:
         """Every hyper-parameter is read off the shapes but the window sizes, which leave no trace: they are 4, 8, 16,
         as in every published network."""
+        state_dict = choose_network(find_networks(state_dict, is_elan), None, 'ELAN')
         found = elan_hyperparameters(state_dict)
         scale = found['upscale']
         return ImageModelDescriptor(

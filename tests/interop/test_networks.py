@@ -73,7 +73,7 @@ def test_a_program_is_no_network(tmp_path):
 def test_what_needs_spandrel_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'spandrel', None)
     torch.save({'params': swinir().state_dict()}, tmp_path / 'w.pth')
-    with pytest.raises(UserError, match=r'w\.pth: is no ELAN; .*pip install spandrel') as caught:
+    with pytest.raises(UserError, match=r'w\.pth: is no ELAN: it holds 41 tensors, .*pip install spandrel') as caught:
         load_network(tmp_path / 'w.pth')
     assert '\n' not in str(caught.value)
 
@@ -132,7 +132,7 @@ def test_an_option_file_tells_what_weights_do_not(tmp_path):
 
 @pytest.mark.parametrize('network_g, weights, message', [
     (EDSR, None, 'pretrain_network_g.*not set'),
-    (EDSR, 'w.pth', 'does not fit network_g'),
+    (EDSR, 'w.pth', 'does not fit the network: it holds 1 tensor, conv.weight; .*expected the weights of an EDSR'),
     ({'type': 'ELAN', 'upscale': 2}, 'w.pth', 'does not fit the network'),
     ({'type': 'ELEN'}, 'w.pth', 'ELAN'),
     (None, 'w.pth', 'network_g: is missing'),
