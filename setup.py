@@ -67,6 +67,7 @@ setup(
         'jinja2>=3.1',  # torch brings it
         'pillow>=11.3',
         'tifffile>=2024.8.10',  # 16-bit TIFF
+        'pooch>=1.7',  # fetches known weights
     ],
     extras_require={
         'spandrel': SPANDREL,

@@ -375,15 +375,17 @@ def _add_compare(commands) -> None:
 
 def _add_upscale(commands) -> None:
     parser = _command(commands, 'upscale', 'enlarge images and videos with a trained network',
-                      'basicsr upscale photos -o enlarged --weights net_g_latest.pth')
+                      'basicsr upscale photos -o enlarged')
     parser.add_argument('inputs', nargs='+', metavar='INPUT',
                         help='files, folders (searched for images, recursively) and patterns such as "photos/**/*.png"')
     parser.add_argument('-o', '--out', required=True, metavar='OUT',
                         help='a folder, or a file for a single input; what is there already is left alone')
     parser.add_argument('--weights', metavar='FILE',
-                        help='the network: a checkpoint of ELAN, a network that spandrel knows, or .onnx')
+                        help='the network: a checkpoint of ELAN, a network that spandrel knows, .onnx, or a name of '
+                             '`basicsr weights` (default: of those what fits --scale, fetched on first use)')
     parser.add_argument('--scale', type=float, metavar='N',
-                        help="enlargement, at most the network's (the default); the rest is taken back by the bicubic")
+                        help="enlargement, at most the network's (the default; 4 without --weights); the rest is taken "
+                             'back by the bicubic')
     parser.add_argument('--format', dest='format_', metavar='NAME',
                         help='png, jpg, webp, tif or bmp for all images (default: as the input)')
     parser.add_argument('--tile', type=int, metavar='PIXELS',
@@ -494,8 +496,27 @@ def _named_value(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43') from None
 
 
+def _add_weights(commands) -> None:
+    parser = _command(commands, 'weights', 'list the trained networks known by name, and what of them is there already',
+                      'basicsr weights\n  basicsr weights get ELAN-light-x4 --to models')
+    actions = parser.add_subparsers(title='commands', metavar='COMMAND')
+    get = _command(actions, 'get', 'fetch a file of weights and print where it is',
+                   'basicsr weights get ELAN-light-x4')
+    get.add_argument('name', metavar='NAME', help='one that `basicsr weights` lists')
+    get.add_argument('--to', metavar='DIR', help="the folder (default: the user's cache, where every command looks)")
+
+    def call(args: argparse.Namespace) -> int:
+        from elan_basicsr.dependencies import explained
+        with explained():
+            from elan_basicsr.interop import weights
+        print(weights.get(args.name, args.to) if 'name' in args else '\n'.join(weights.listing()))
+        return 0
+
+    parser.set_defaults(call=call, light=True)
+
+
 ADD_COMMANDS = (_add_train, _add_test, _add_upscale, _add_compare, _add_explain, _add_benchmark, _add_convert,
-                _add_export, _add_options, _add_data, _add_doctor, _add_setup, _add_completion)
+                _add_export, _add_options, _add_data, _add_doctor, _add_setup, _add_completion, _add_weights)
 
 
 def build_parser() -> argparse.ArgumentParser:

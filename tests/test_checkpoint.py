@@ -202,7 +202,7 @@ def small(seed: int = 0) -> ELAN:
 
 @pytest.mark.parametrize('form', FORMS, ids=lambda form: form.title)
 def test_every_form_is_recognised_and_read(form, tmp_path):
-    """`load_elan`, `load_into` with a part of the weights, `load_network` and spandrel take each form alike."""
+    """`load_elan`, `load_into` with a part of the weights, and `load_network` take each form alike."""
     net, path = small(), tmp_path / 'w.pth'
     state = in_form(net, form)
     torch.save({'params': state}, path)

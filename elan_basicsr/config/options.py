@@ -11,6 +11,7 @@ from elan_basicsr.config.checks import check
 from elan_basicsr.config.reader import Source, apply_overrides, read_yaml
 from elan_basicsr.config.schema import KEYS, check_keys
 from elan_basicsr.interop import plugins
+from elan_basicsr.interop.weights import local_file
 
 DEBUG_FREQUENCY = 8
 
@@ -97,6 +98,8 @@ def _complete_paths(opt: dict) -> None:
     for key, value in path.items():
         if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
             path[key] = osp.expanduser(value)
+            if key.startswith('pretrain_network_'):
+                path[key] = str(local_file(path[key]))
     if opt['is_train']:
         run = osp.join(_folder(opt, 'experiments'), opt['name'])
         path.update(experiments_root=run, models=osp.join(run, 'models'),

@@ -131,7 +131,7 @@ KEYS: dict[str, tuple] = {
     'network_*.type': (type_of('an architecture such as ELAN'), 'The architecture.'),
 
     'path': (SECTION_OR_NONE, 'Weights to start from, and where runs lie.'),
-    'path.pretrain_network_g': (PATH, "Weights to start from: BasicSR's, the authors', or .safetensors.", None),
+    'path.pretrain_network_g': (PATH, "Weights to start from: a file, or a name of `basicsr weights`.", None),
     'path.pretrain_network_d': (PATH, 'Weights of the discriminator to start from.', None),
     'path.pretrain_network_*': (PATH, 'Weights of that network to start from.', None),
     'path.param_key_g': (TEXT_OR_NONE, 'Which weights of the file: params, or params_ema for the average.', 'params'),

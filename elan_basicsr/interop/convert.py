@@ -18,6 +18,7 @@ from elan_basicsr.checkpoint import (
     to_official,
 )
 from elan_basicsr.errors import UserError
+from elan_basicsr.interop.weights import local_file
 
 FORMS = ('basicsr', 'official', 'safetensors')
 
@@ -29,7 +30,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, form: str | No
     over the note.
 
     Args:
-        source: A checkpoint of any form that `load_elan` reads.
+        source: A checkpoint of any form that `load_elan` reads, or a name of the known weights.
         target: The new file, which must not exist.
         form: `basicsr`: our names under `params`; `official`: the authors' names, as their training writes them, for
             their code to load strictly; `safetensors`: our names. By default what the name of `target` says.
@@ -41,9 +42,10 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, form: str | No
     Raises:
         UserError: `source` cannot be read or is no ELAN, or `target` cannot be written as `form`.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     form = form or ('safetensors' if target.suffix == '.safetensors' else 'basicsr')
     _check_target(target, form)
+    source = local_file(source)
     state, noted = read_checkpoint(source, 'params_ema' if ema else 'params', exact=ema)
     net, note = build_elan(state, noted, source), note_of(state, noted)
     if any(value.dtype == torch.float64 for value in state.values()):

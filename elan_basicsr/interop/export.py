@@ -42,7 +42,7 @@ def export(source: str | os.PathLike, target: str | os.PathLike, *, opset: int |
     """Write the ELAN in `source` as ONNX: an `input` (batch, channels, height, width) in 0..1 to an `output`.
 
     Args:
-        source: A checkpoint of any form that `load_elan` reads.
+        source: A checkpoint of any form that `load_elan` reads, or a name of the known weights.
         target: The new file, which must not exist and ends in `.onnx`.
         opset: Version of ONNX's operators; the exporter's own by default.
         dynamic: Whether batch, height and width are free; else the file is for one image of `size`.

@@ -18,6 +18,7 @@ from elan_basicsr.contents import Known, Needs, described
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
+from elan_basicsr.interop.weights import local_file
 from elan_basicsr.safe_read import bounded_building
 
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -49,13 +50,13 @@ def load_network(path: str | os.PathLike, device: str | torch.device = 'cpu') ->
     """The network in a file: an ELAN's of any form, any other architecture that spandrel knows, or ONNX.
 
     Args:
-        path: `.pth`, `.pt`, `.ckpt`, `.safetensors`, or `.onnx`.
+        path: `.pth`, `.pt`, `.ckpt`, `.safetensors`, or `.onnx`; or a name of the known weights.
         device: Where it is to run.
 
     Raises:
         UserError: The file cannot be read, holds no known network, or a package for it is not installed.
     """
-    path = Path(path)
+    path = local_file(path)
     if path.suffix.lower() == '.onnx':
         net = OnnxNetwork(path, device).eval()
         return Network(net, net.scale, net.channels, 1, net.window, net.name)
@@ -191,7 +192,7 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     weights = paths.get('pretrain_network_g')
     if not isinstance(weights, str):
         raise source.error('path.pretrain_network_g', 'is not set, expected the file of the trained weights')
-    weights = os.path.expanduser(weights)
+    weights = str(local_file(os.path.expanduser(weights)))
     arguments = dict(opt['network_g'])
     name = arguments.pop('type')
     arch = ARCH_REGISTRY.get(name)

@@ -16,6 +16,7 @@ from elan_basicsr.config.reader import Source, read_yaml
 from elan_basicsr.config.trials import try_network
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import load_network
+from elan_basicsr.interop.weights import is_known
 from elan_basicsr.report.complexity import Complexity, count, count_macs, count_paper_macs
 from elan_basicsr.report.official import VALUE_RANGE, build_official
 
@@ -37,7 +38,8 @@ class Subject:
 
     Attributes:
         spec: `ELAN-light`, `ELAN`, `SwinIR-light`, `official-light`, `official`, an architecture of the registry, each
-            with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, or a checkpoint.
+            with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, a checkpoint, or a name of
+            the known weights.
         scale: Enlargement.
         checkout: The authors' repository, for `official` and `official-light`.
         label: What to call it, if not by its spec.
@@ -76,7 +78,7 @@ class Subject:
                 raise UserError(f"{self.spec}: is the authors' code; expected --official DIR, a checkout of it")
             return build_official(self.checkout, upscale=self.scale, **PRESETS[OFFICIAL[self.spec]][1])
         path = Path(self.spec)
-        if path.is_file() and path.suffix.lower() not in ('.yml', '.yaml'):
+        if is_known(self.spec) or path.is_file() and path.suffix.lower() not in ('.yml', '.yaml'):
             network = load_network(path)
             self._check_scale(network.scale, network.channels)
             return network.net
@@ -110,7 +112,7 @@ class Subject:
         if ARCHITECTURE.registered().get(arch) is None:
             near = ', '.join([*PRESETS, *OFFICIAL])
             raise UserError(f'{self.spec}: is no file and no network; expected {near}, an architecture of the registry '
-                            'such as SwinIR:embed_dim=60, an option file or a checkpoint')
+                            'such as SwinIR:embed_dim=60, an option file, a checkpoint or a name of `basicsr weights`')
         return {'type': arch, **preset, **given}, Source(self.spec)
 
     def _from_options(self, section: dict, source: Source) -> nn.Module:

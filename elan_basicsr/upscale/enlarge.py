@@ -25,6 +25,7 @@ OVERLAP = 16
 """Input pixels that a tile sees beyond its edges; 32 or 48 bring tiles no nearer to the whole image."""
 CPU_BUDGET = 512 * 2**20
 """Bytes for a network's activations on a CPU: larger tiles gain little, and an 8192x8192 result stays under 2 GB."""
+LEAST_SCALE = 0.01
 _INTEGERS: dict[type, torch.dtype] = {np.uint8: torch.uint8, np.uint16: torch.uint16}
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -58,7 +59,7 @@ class Enlarger:
         self.network, self.device, self.dtype = network, device, DTYPES[dtype]
         self.grey = network.channels == (1, 1)
         self.self_ensemble = self_ensemble
-        if scale is not None and not 0.01 <= scale <= network.scale:  # false for NaN, too
+        if scale is not None and not LEAST_SCALE <= scale <= network.scale:  # false for NaN, too
             raise UserError(f'--scale {scale}: the network enlarges by {network.scale}; expected that or less')
         self.scale = Fraction(network.scale if scale is None else scale).limit_denominator(1000)
         self.window = math.lcm(network.window, inference.WINDOW)

@@ -24,8 +24,9 @@ from rich.text import Text
 from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.inference import too_large
 from elan_basicsr.interop.networks import load_network
+from elan_basicsr.interop.weights import fitting
 from elan_basicsr.upscale import video
-from elan_basicsr.upscale.enlarge import DTYPES, Enlarger
+from elan_basicsr.upscale.enlarge import DTYPES, LEAST_SCALE, Enlarger
 from elan_basicsr.upscale.image_files import (
     FORMATS,
     Picture,
@@ -37,6 +38,8 @@ from elan_basicsr.upscale.image_files import (
 )
 from elan_basicsr.upscale.plan import Job, plan
 
+SCALE = 4
+"""Where neither weights nor a scale are given."""
 MAX_PIXELS = 64_000_000
 """Of one input image, unless the user allows more: at x4 the result of this many takes 3 GB."""
 EXIT_SOME_FAILED = 1
@@ -51,7 +54,7 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
 
     Args:
         inputs, out, format_: See `plan.plan`.
-        weights: A checkpoint of any form `load_network` knows.
+        weights: A checkpoint of any form `load_network` knows, or a name of the table; what fits the scale when None.
         scale, tile, tile_overlap, self_ensemble, dtype: See `enlarge.Enlarger`.
         device: Such as `cuda:0` or `cpu`; the best there is when None.
         max_pixels: Largest input, checked from its header.
@@ -64,10 +67,10 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
         UserError: Nothing could be started; see `plan.plan` and `load_network`.
         RunLost: The device is lost to this process; what is done stands.
     """
-    _check_arguments(format_, tile, tile_overlap, dtype, max_pixels)
+    _check_arguments(scale, format_, tile, tile_overlap, dtype, max_pixels)
     if weights is None:
-        raise UserError('upscale: no --weights given, and none come with the package; train them with `basicsr train`, '
-                        "or take the authors' from https://github.com/xindongzhang/ELAN")
+        scale = SCALE if scale is None else scale
+        weights = fitting(scale)
     jobs = plan(inputs, out, format_)
     waiting = [job for job in jobs if overwrite or not job.target.exists()]
     report = _Report(len(jobs), there=len(jobs) - len(waiting))
@@ -81,7 +84,9 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
     return EXIT_SOME_FAILED if report.failed else 0
 
 
-def _check_arguments(format_, tile, tile_overlap, dtype, max_pixels) -> None:
+def _check_arguments(scale, format_, tile, tile_overlap, dtype, max_pixels) -> None:
+    if scale is not None and not scale >= LEAST_SCALE:  # false for NaN, too
+        raise UserError(f'--scale {scale}: expected a number from {LEAST_SCALE}')
     for name, value, lowest in (('--tile', tile, 0), ('--tile-overlap', tile_overlap, 0),
                                 ('--max-pixels', max_pixels, 1)):
         if value is not None and value < lowest:
