@@ -18,7 +18,6 @@ from requests import RequestException
 from requests.exceptions import ChunkedEncodingError
 from tqdm import tqdm
 
-from elan_basicsr.checkpoint import checksum
 from elan_basicsr.errors import UserError
 
 FOLDER = 'ELAN_WEIGHTS'
@@ -192,12 +191,12 @@ def fetch(weights: Weights, folder: str | os.PathLike | None = None) -> Path:
 
 def _wrong(path: Path, weights: Weights) -> str | None:
     """What tells a file from that of the table."""
+    import pooch
     try:
         size = path.stat().st_size
         if size != weights.size:
             return f'has {size:,} bytes, expected {weights.size:,}'
-        with path.open('rb') as file:
-            digest = checksum(file)
+        digest = pooch.file_hash(path)
     except OSError as error:
         return f'cannot be read ({error.strerror})'
     return None if digest == weights.sha256 else f'has the sha256 {digest}, expected {weights.sha256}'

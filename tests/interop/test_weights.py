@@ -1,4 +1,4 @@
-"""Known weights: fetched once from whoever publishes them, whole and checked or not there; the server stands in here."""
+"""Known weights: fetched once from whoever publishes them, whole and checked or not there; a local server stands in."""
 import ctypes
 import dataclasses
 import hashlib
