@@ -116,9 +116,9 @@ def _load_with_spandrel(path: Path, device) -> Network:
     state = read_state_dict(path, known=loads)
     descriptor = built.get(frozenset(state.items()))
     if descriptor is None:
-        found = described(state, [*needs_of_elan(), *_needs_of_spandrel(spandrel.MAIN_REGISTRY)])
         if failed:
-            raise UserError(f'{path}: cannot be loaded as {failed[0]}; {found}')
+            raise UserError(f'{path}: holds {len(state)} tensors and cannot be loaded as {failed[0]}')
+        found = described(state, [*needs_of_elan(), *_needs_of_spandrel(spandrel.MAIN_REGISTRY)])
         raise UserError(f'{path}: is of no architecture that is known here, neither ELAN nor one of the '
                         f'{len(spandrel.MAIN_REGISTRY)} of spandrel {spandrel.__version__}: {found}; a network of '
                         "BasicSR's is loaded by its option file")
@@ -149,8 +149,9 @@ def _needs_of_spandrel(registry) -> list[tuple[str, Needs]]:
             return min(parts, key=lambda part: len(part[0]) / part[1])
         return [name for names, _ in parts for name in names], sum(number for _, number in parts)
 
-    return [(support.architecture.name, partial(missing, support.detect)) for support in registry
-            if isinstance(support.detect, KeyCondition)]
+    conditions = ((support.architecture.name, getattr(support.architecture, '_detect', None)) for support in registry)
+    return [(name, partial(missing, condition)) for name, condition in conditions
+            if isinstance(condition, KeyCondition)]
 
 
 def _window_of(model: nn.Module) -> int:

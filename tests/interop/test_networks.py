@@ -101,6 +101,38 @@ def test_what_is_no_network_is_named_in_a_line(name, content, message, tmp_path)
     assert '\n' not in str(caught.value) and name in str(caught.value)
 
 
+def test_another_architecture_is_found_under_keys_and_prefixes(tmp_path):
+    """Beside a discriminator, of which spandrel knows nothing."""
+    pytest.importorskip('spandrel')
+    net = swinir()
+    state = {f'module.generator.{name}': value for name, value in net.state_dict().items()}
+    state['module.discriminator.fc.weight'] = torch.zeros(2, 2)
+    torch.save({'x': {'state_dict': state}}, tmp_path / 'w.pth')
+    network = load_network(tmp_path / 'w.pth')
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert network.name == 'SwinIR' and torch.equal(network.net(x), net(x))
+
+
+def test_the_nearest_architecture_is_named_with_what_is_missing_of_it(tmp_path):
+    pytest.importorskip('spandrel')
+    state = {name: value for name, value in swinir().state_dict().items() if 'patch_embed.norm.weight' not in name}
+    without = {name: value for name, value in state.items() if not name.startswith('conv_first.')}
+    torch.save(without, tmp_path / 'w.pth')
+    with pytest.raises(UserError, match=rf'w\.pth: is of no architecture .* holds {len(without)} tensors, .*; nearest '
+                                        r'is \w+, of which .*conv_first\.weight.* missing') as caught:
+        load_network(tmp_path / 'w.pth')
+    assert '\n' not in str(caught.value)
+
+
+def test_what_is_detected_and_does_not_fit_says_which_shape(tmp_path):
+    pytest.importorskip('spandrel')
+    from basicsr.archs.rrdbnet_arch import RRDBNet
+    torch.save(RRDBNet(3, 3, 4, 8, 1, 4).state_dict(), tmp_path / 'w.pth')  # spandrel's has 32 where this has 4
+    with pytest.raises(UserError, match=r'w\.pth: holds 42 tensors and cannot be loaded as ESRGAN .*size mismatch'):
+        load_network(tmp_path / 'w.pth')
+
+
 def write_options(path, network_g, weights, **more):
     paths = {'pretrain_network_g': str(weights) if weights else None}
     path.write_text(yaml.safe_dump({'name': 'x', 'network_g': network_g, 'path': paths, **more}))
