@@ -135,13 +135,6 @@ def test_weights_that_are_none(run):
     assert code == 2 and err.count('\n') == 1 and 'w.pth' in err
 
 
-def test_no_weights_given_tells_where_to_get_some(capsys):
-    from elan_basicsr.cli import main
-    assert main(['upscale', 'a.png', '-o', 'out']) == 2
-    printed = capsys.readouterr().err
-    assert printed.count('\n') == 1 and 'basicsr train' in printed and 'https://' in printed
-
-
 @pytest.mark.parametrize('size', [(1, 1), (1, 5000), (5000, 1), (2, 3), (17, 16)])
 def test_sizes(run, size):
     save('a.png', size)
