@@ -174,7 +174,8 @@ class Enlarger:
             raise UserError(f'{self.network.name}: the network fails on {pixels.shape[1]}x{pixels.shape[0]} pixels '
                             f'({words})') from None
         if not finite:  # asked when the result is there, so that the device does not stand still for it
-            raise UserError(f'{self.network.name}: the network gives values that are not finite; try --dtype float32')
+            words = 'try --dtype float32' if half else 'its weights are finite, so this picture is not for it'
+            raise UserError(f'{self.network.name}: the network gives values that are not finite; {words}')
         return result
 
     def _forward(self, pixels: np.ndarray) -> Tensor:
