@@ -14,7 +14,7 @@ from elan_basicsr.config.parts import DATASET, DATASET_KEYS, MODEL, PATCH_KEYS, 
 from elan_basicsr.config.reader import Path_, Source, nearest
 from elan_basicsr.config.schema import DEGRADATIONS, is_int, mistakes
 from elan_basicsr.config.trials import try_loss, try_metric, try_network, try_optimizer, try_scheduler
-from elan_basicsr.interop.weights import is_known, neither
+from elan_basicsr.interop.weights import is_known, names
 
 from basicsr.models.base_model import BaseModel
 from basicsr.models.realesrgan_model import RealESRGANModel
@@ -202,6 +202,6 @@ def _check_files(paths: dict, source: Source) -> None:
             path = osp.expanduser(value)
             is_state = name == 'resume_state'
             if not osp.isfile(path) and (is_state or not is_known(value)):
-                found = 'is a folder' if osp.isdir(path) else 'no such file' if is_state else neither(value)
-                what = 'a training state (training_states/….state)' if is_state else 'a checkpoint'
+                found = 'is a folder' if osp.isdir(path) else 'no such file'
+                what = 'a training state (training_states/….state)' if is_state else f'a checkpoint, or {names(value)}'
                 raise source.error(('path', name), f'{value}: {found}, expected {what}')

@@ -92,15 +92,14 @@ def local_file(word: str | os.PathLike) -> Path:
     if is_known(word):
         return fetch(KNOWN[str(word)])
     if not os.path.exists(word):
-        raise UserError(f'{word}: {neither(word)}')
+        raise UserError(f'{word}: no such file, expected one, or {names(word)}')
     return Path(word)
 
 
-def neither(word: str | os.PathLike) -> str:
-    """What to say of a word that is no file and no name."""
-    near = difflib.get_close_matches(str(word), KNOWN, n=2)
-    names = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(KNOWN)}'
-    return f'no such file, and no name of `basicsr weights`; {names}'
+def names(near: str | os.PathLike = '') -> str:
+    """The names of the table in words, or of them those that are near a word."""
+    close = difflib.get_close_matches(str(near), KNOWN, n=2)
+    return f'a name of `basicsr weights` such as {" or ".join(close or KNOWN)}'
 
 
 def fitting(scale: float) -> str:
