@@ -110,9 +110,9 @@ def _add_doctor(commands) -> None:
     parser = _command(commands, 'doctor', 'print versions, devices, repairs and what the registries hold; check it all',
                       'basicsr doctor\n  basicsr doctor --check --json check.json')
     parser.add_argument('--check', action='store_true',
-                        help='try everything on the device, in some five minutes: one verdict a row')
+                        help='try everything on the device: one verdict a row')
     parser.add_argument('--device', metavar='NAME', help='with --check: cpu, cuda or cuda:N (default: a GPU if any)')
-    parser.add_argument('--quick', action='store_true', help='with --check: in a minute or two, nothing compiled')
+    parser.add_argument('--quick', action='store_true', help='with --check: smaller networks, nothing compiled')
     parser.add_argument('--json', metavar='FILE', help='with --check: write all it found, to attach to a report')
 
     def call(args: argparse.Namespace) -> int:

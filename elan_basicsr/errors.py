@@ -1,5 +1,8 @@
-"""The one exception for everything that is the user's to mend."""
+"""The one exception for everything that is the user's to mend, and the names that were meant."""
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 MAX_MESSAGE = 1000
 
@@ -23,3 +26,10 @@ class UserError(Exception):
 
 class RunLost(UserError):
     """The run broke off through no fault in its options: a process died or hung. Exit code 1: resume it as it is."""
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """`A or B`: the closest of `names` to a misspelt `name`, without regard to case; empty where none is close."""
+    by_lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=count, cutoff=cutoff)
+    return ' or '.join(by_lower[each] for each in near)

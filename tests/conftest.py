@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import skimage.data
 import torch
 
 import elan_basicsr  # noqa: F401, repairs basicsr before a test imports it
+from elan_basicsr.config.checks import has_compiler
 from elan_basicsr.data.prepare import build
 from elan_basicsr.data.resize import imresize
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get('ELAN_SHARED', ROOT.parent / 'shared'))
 
 
-compiler = pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler')
+compiler = pytest.mark.skipif(not has_compiler(), reason='torch.compile needs a C++ compiler')
 
 
 def with_checkout() -> str:

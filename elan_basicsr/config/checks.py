@@ -11,9 +11,10 @@ from os import path as osp
 import torch
 
 from elan_basicsr.config.parts import DATASET, DATASET_KEYS, MODEL, PATCH_KEYS, check_choice, find, find_type
-from elan_basicsr.config.reader import Path_, Source, nearest
+from elan_basicsr.config.reader import Path_, Source
 from elan_basicsr.config.schema import DEGRADATIONS, is_int, mistakes
 from elan_basicsr.config.trials import try_loss, try_metric, try_network, try_optimizer, try_scheduler
+from elan_basicsr.errors import nearest
 from elan_basicsr.interop.weights import is_known, names
 
 from basicsr.models.base_model import BaseModel
@@ -148,8 +149,13 @@ def _how_to_prepare(path: str, dataset: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- training
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which `torch.compile` needs."""
+    return any((os.environ.get('CXX'), shutil.which('g++'), shutil.which('clang++')))
+
+
 def _check_compile(opt: dict, source: Source) -> None:
-    if not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+    if not has_compiler():
         raise source.error('compile', 'torch.compile needs a C++ compiler; install g++, or leave the key out')
     if opt['network_g'].get('use_checkpoint') and torch.__version__ < COMPILES_CHECKPOINTS:
         raise source.error('compile', f'with network_g.use_checkpoint needs torch {COMPILES_CHECKPOINTS} or later; in '

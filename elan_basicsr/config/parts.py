@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elan_basicsr.config.reader import Path_, Source, nearest
+from elan_basicsr.config.reader import Path_, Source
 from elan_basicsr.config.schema import DEGRADATIONS, KEYS, SCHEMA, TO_TRAIN, UNKNOWN, at, described, kind
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, nearest
 
 from basicsr.models import lr_scheduler
 from basicsr.utils import registry

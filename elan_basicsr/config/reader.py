@@ -5,17 +5,16 @@ file up, and a mistake can be reported with the line it stands on.
 """
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, nearest
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
@@ -68,13 +67,6 @@ def shown(value) -> str:
     """A value as people write it, shortened."""
     text = 'none' if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return f'{text[:60]}…' if len(text) > 60 else text
-
-
-def nearest(name: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
-    """`A or B`: the closest of `names` to a misspelt `name`, without regard to case; empty where none is close."""
-    by_lower = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=count, cutoff=cutoff)
-    return ' or '.join(by_lower[each] for each in near)
 
 
 def read_yaml(file: str | os.PathLike) -> tuple[dict, Source]:

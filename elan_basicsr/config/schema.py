@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from elan_basicsr import dependencies
-from elan_basicsr.config.reader import Path_, Source, nearest, shown
+from elan_basicsr.config.reader import Path_, Source, shown
+from elan_basicsr.errors import nearest
 
 with dependencies.explained():
     from jsonschema import Draft7Validator, FormatChecker, ValidationError, validators

@@ -18,9 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from elan_basicsr.config.reader import nearest
 from elan_basicsr.dependencies import DISTRIBUTIONS
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, nearest
 
 from basicsr.utils import registry
 

@@ -5,7 +5,6 @@ looked at before anything reads it, whoever put it there.
 """
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import sys
@@ -14,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from requests import RequestException
-from requests.exceptions import ChunkedEncodingError
 from tqdm import tqdm
 
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, nearest
 
 FOLDER = 'ELAN_WEIGHTS'
 """The environment variable that names another folder than the user's cache."""
@@ -98,8 +95,7 @@ def local_file(word: str | os.PathLike) -> Path:
 
 def names(near: str | os.PathLike = '') -> str:
     """The names of the table in words, or of them those that are near a word."""
-    close = difflib.get_close_matches(str(near), KNOWN, n=2)
-    return f'a name of `basicsr weights` such as {" or ".join(close or KNOWN)}'
+    return f'a name of `basicsr weights` such as {nearest(str(near), KNOWN, count=2) or " or ".join(KNOWN)}'
 
 
 def fitting(scale: float) -> str:
@@ -146,8 +142,7 @@ def get(name: str, folder: str | os.PathLike | None = None) -> Path:
         UserError: There is no such name, or `fetch` fails.
     """
     if name not in KNOWN:
-        near = difflib.get_close_matches(name, KNOWN)
-        raise UserError(f'{name}: no name of `basicsr weights`; expected {" or ".join(near or KNOWN)}')
+        raise UserError(f'{name}: no such name, expected {names(name)}')
     return fetch(KNOWN[name], folder)
 
 
@@ -160,7 +155,8 @@ def fetch(weights: Weights, folder: str | os.PathLike | None = None) -> Path:
     Raises:
         UserError: It cannot be fetched or written, or what is there is another file; what arrived is removed.
     """
-    import pooch  # here: only this needs it
+    import pooch  # here: only what fetches needs them
+    from requests import RequestException
     cached = cache_folder() / weights.file
     target = cached if folder is None else Path(folder).absolute() / weights.file
     if os.path.lexists(target):
@@ -230,6 +226,7 @@ class _Arriving:
 def _download(weights: Weights, target: Path) -> Callable:
     """For pooch, which tries again after what is not a UserError, checks the file and moves it into its place."""
     import pooch
+    from requests.exceptions import ChunkedEncodingError, RequestException
     # Compressed, it would be counted and checked as something else than it is.
     http = pooch.HTTPDownloader(chunk_size=_BLOCK, headers={'Accept-Encoding': 'identity'})
 

@@ -2,12 +2,11 @@
 
 What is allowed is not guessed. The deviation that a precision causes anyway is measured on the CPU, with the same
 numbers rounded to the same bits, and `MARGIN` times as much is allowed: another device adds up in another order. A
-wrong gradient or window is off by a good part of the result, a hundred times as much and more.
+wrong gradient or window is off by a good part of the result.
 """
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.config.checks import COMPILES_CHECKPOINTS
+from elan_basicsr.config.checks import COMPILES_CHECKPOINTS, has_compiler
 from elan_basicsr.selfcheck.checks import Check, Machine, Outcome, tf32, within
 
 MARGIN = 4
@@ -132,7 +131,7 @@ class Case:
 
     def compare(self, way: Way, training: bool) -> Outcome:
         """The worst deviation of any result, in multiples of what is allowed."""
-        if way.compiled and not shutil.which('gcc'):
+        if way.compiled and not has_compiler():
             return Outcome(None, note='torch.compile needs a C++ compiler')
         if way.compiled and way.use_checkpoint and torch.__version__ < COMPILES_CHECKPOINTS:
             return Outcome(None, note=f'needs torch {COMPILES_CHECKPOINTS}')

@@ -23,7 +23,7 @@ def check(device: str | None = None, quick: bool = False, json_file: str | None 
 
     Args:
         device: Such as `cuda` or `cpu`; the GPU if there is one when None.
-        quick: Smaller networks and nothing compiled, about a minute on a CPU.
+        quick: Smaller networks, and nothing compiled.
         json_file: Where versions, device, verdicts and figures go.
 
     Returns:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.config.checks import has_compiler
 from elan_basicsr.report.timing import inference_call, synchronise, time_interleaved, training_step
 from elan_basicsr.selfcheck.checks import Check, Machine, Outcome
 from elan_basicsr.selfcheck.network import SIZES
@@ -50,6 +51,8 @@ def measure(machine: Machine, work: Work, dtype: torch.dtype, compiled: bool) ->
     """The median of RUNS runs, and the peak of what a GPU's memory held."""
     if time.monotonic() > machine.deadline:
         return Outcome(None, note='no time was left')
+    if compiled and not has_compiler():
+        return Outcome(None, note='torch.compile needs a C++ compiler')
     net = ELAN(upscale=SCALE, **SIZES[work.network]).to(machine.device)
     if compiled:
         net.compile()
