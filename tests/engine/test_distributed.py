@@ -61,6 +61,10 @@ def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def outputs(size: int) -> str:
+    return '\n'.join(Path(f'output.{rank}').read_text()[-3000:] for rank in range(size))
+
+
 def until(processes, text: str) -> None:
     end = time.time() + 120
     while text not in Path('output.0').read_text():
@@ -143,7 +147,7 @@ def test_nothing_refers_to_the_processes_when_they_are_left(options, end, codes)
         until(processes, 'iter:       3')
         for process in processes[1:] if end == 'death' else processes:
             process.send_signal(signal.SIGKILL if end == 'death' else signal.SIGTERM)
-    assert finish(processes, seconds=60) == codes
+    assert finish(processes, seconds=60) == codes, outputs(2)
     for rank in range(1 if end == 'death' else 2):
         output = Path(f'output.{rank}').read_text()
         assert "gloo on {'cpu'}: 2 made, left: []" in output, output

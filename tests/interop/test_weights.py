@@ -373,7 +373,15 @@ def test_processes_that_fetch_at_once_do_not_disturb_each_other(server, stored):
     assert server.asked == 2 and stored.read_bytes() == server.content and files(stored.parent) == [stored.name]
 
 
-def test_an_interrupt_leaves_nothing(server, stored, capsys):
+@pytest.fixture
+def interruptible():
+    """Whatever started the tests: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_nothing(server, stored, capsys, interruptible):
     def interrupt(handler) -> None:
         handler.wfile.write(server.content[:10_000])
         handler.wfile.flush()
