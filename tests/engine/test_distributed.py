@@ -77,7 +77,7 @@ def endless(options) -> str:
     options['logger'].update(print_freq=1, save_checkpoint_freq=100_000)
     options['val']['val_freq'] = 100_000
     options['datasets']['train']['num_worker_per_gpu'] = 1
-    return write(options, dist_params={'timeout': 10})
+    return write(options, dist_params={'timeout': 60})  # more than a busy disk takes to keep a file
 
 
 def write_test(options) -> str:
