@@ -73,6 +73,7 @@ setup(
         'spandrel': SPANDREL,
         'onnx': ['torch>=2.11', *ONNX],  # older exporters give up on ELAN
         'report': REPORT,
+        'metrics': ['pyiqa>=0.1.16'],
         'completion': ['shtab>=1.7'],
         'test': ['pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'ruff>=0.8', 'mypy>=2.4',
                  'shtab>=1.7', 'build>=1.2', *SPANDREL, *ONNX, *REPORT, 'playwright>=1.45'],

@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from elan_basicsr.config.parts import ARCHITECTURE, LOSS, METRIC, OPTIMIZER, SCHEDULER, Part, arguments, find_type
 from elan_basicsr.config.reader import Path_, Source
 from elan_basicsr.config.schema import is_int, mistakes
+from elan_basicsr.errors import UserError
+from elan_basicsr.interop import pyiqa
 from elan_basicsr.safe_read import bounded_building
 
 LARGEST_ARGUMENT = 1 << 17
@@ -68,11 +70,24 @@ def try_scheduler(section: dict, key: Path_, source: Source, optimizer: torch.op
 
 
 def try_metric(section: dict, key: Path_, source: Source) -> bool:
-    """Check one metric; tell whether it compares with a ground truth."""
+    """Check one metric; tell whether it compares with a ground truth. Which values are better is filled in if known."""
     metric, _ = _look_up(section, METRIC, key, source)
     if section.get('input_order', 'HWC') != 'HWC':
         raise source.error((*key, 'input_order'), 'the images of a validation are HWC; remove the key')
+    if metric is pyiqa.calculate_pyiqa:
+        return _try_pyiqa(section, key, source)
     return 'img2' in inspect.signature(metric).parameters
+
+
+def _try_pyiqa(section: dict, key: Path_, source: Source) -> bool:
+    try:
+        model = pyiqa.load(section['metric'])
+    except UserError as error:
+        raise source.error((*key, 'metric'), str(error)) from None
+    better = 'lower' if model.lower_better else 'higher'
+    if section.setdefault('better', better) != better:
+        raise source.error((*key, 'better'), f'{better} values of {section["metric"]} are better; remove the key')
+    return model.metric_mode == 'FR'
 
 
 def _look_up(section: dict, part: Part, key: Path_, source: Source) -> tuple[Callable, dict]:

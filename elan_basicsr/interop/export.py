@@ -139,7 +139,7 @@ def _compare(net: ELAN, path: Path, sizes) -> list[tuple[str, float]]:
     generator = torch.Generator().manual_seed(0)
     checks = []
     for batch, h, w in sizes:
-        # Smooth, as pictures are: noise is nothing that a network was trained on, and one may amplify the rounding on it.
+        # Smooth, as pictures are: on noise, which none was trained on, a network may amplify what is rounded.
         coarse = torch.rand(batch, net.head.in_channels, -(-h // 4), -(-w // 4), generator=generator)
         x = F.interpolate(coarse, (h, w), mode='bilinear')
         with torch.no_grad():

@@ -45,8 +45,9 @@ BICUBIC = 'bicubic'
 COST_SIZE = (720, 1280)
 """HR height and width at which papers count MACs."""
 COST_NOTE = (f'For an output of {COST_SIZE[1]}x{COST_SIZE[0]} pixels: multiply-adds (MACs) as torch counts them and as '
-             'the ELAN paper does, the median latency of five rounds in each of which every network ran once, with the '
-             'shortest and the longest, and the memory of a run at its peak beside what the network holds.')
+             'the ELAN paper does, the median latency of five rounds in each of which every network ran once (fewer '
+             'where they take more than a minute), with the shortest and the longest, and the memory of a run at its '
+             'peak beside what the network holds.')
 ROUNDS = 5
 SHOWN = 5
 SMALLEST_CROP = 24
@@ -255,7 +256,7 @@ def costs(contenders: Sequence[Contender], scale: int, device: str) -> list[dict
     """
     x = torch.rand(1, 3, *(-(-edge // scale) for edge in COST_SIZE), device=device)
     timings = time_interleaved({contender.name: inference_call(contender.network.net, x) for contender in contenders
-                                if contender.network is not None}, ROUNDS, device)
+                                if contender.network is not None}, ROUNDS, device, longest=60)
     return [_cost(contender, timings.get(contender.name), x) for contender in contenders]
 
 

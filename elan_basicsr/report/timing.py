@@ -1,6 +1,7 @@
 """How long networks take, beside each other: interleaved runs of inference and of training steps."""
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -37,13 +38,15 @@ class Timing:
         return max(self.seconds)
 
 
-def time_interleaved(calls: Mapping[Key, Callable[[], object]], runs: int, device: str = 'cpu') -> dict[Key, Timing]:
+def time_interleaved(calls: Mapping[Key, Callable[[], object]], runs: int, device: str = 'cpu', *,
+                     longest: float = math.inf) -> dict[Key, Timing]:
     """Time calls beside each other: every round runs each once, every other round in reverse, so that drift cancels.
 
     Args:
         calls: What is to be timed.
         runs: Rounds that count, after warming up.
         device: Where the calls work; their work is waited for.
+        longest: Seconds after which no further round is begun; the first always is.
     """
     def timed(call: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -51,11 +54,14 @@ def time_interleaved(calls: Mapping[Key, Callable[[], object]], runs: int, devic
         synchronise(device)
         return time.perf_counter() - start
 
+    begin = time.perf_counter()
     for call in calls.values():
         for _ in range(WARM_UPS.get(torch.device(device).type, 1)):
             timed(call)
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for number in range(runs):
+        if number and time.perf_counter() - begin > longest:
+            break
         for key in list(calls)[::-1 if number % 2 else 1]:
             seconds[key].append(timed(calls[key]))
     return {key: Timing(tuple(values)) for key, values in seconds.items()}

@@ -16,6 +16,9 @@ def test_every_other_round_runs_in_reverse_after_warming_up():
 
 
 def test_a_call_is_timed_by_the_clock():
+    timings = time_interleaved({'sleep': lambda: time.sleep(0.02)}, runs=99, longest=0.1)
+    assert 1 <= len(timings['sleep'].seconds) < 9
+    assert len(time_interleaved({'sleep': lambda: time.sleep(0.02)}, runs=3, longest=0)['sleep'].seconds) == 1
     timing = time_interleaved({'sleep': lambda: time.sleep(0.05)}, runs=3)['sleep']
     assert 0.05 <= timing.min <= timing.median <= timing.max
 
