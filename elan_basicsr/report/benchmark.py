@@ -227,7 +227,8 @@ def new_table(title: str, columns: Sequence[str], box: rich.box.Box = rich.box.S
     """A table whose first column is text and the others figures."""
     table = Table(title=title, title_justify='left', box=box)
     for index, column in enumerate(columns):
-        table.add_column(column, justify='right' if index else 'left', overflow='fold', no_wrap=index > 0)
+        table.add_column(column, justify='right' if index else 'left', overflow='fold', no_wrap=index > 0,
+                         min_width=0 if index else 16)
     return table
 
 
@@ -255,8 +256,8 @@ def _group_tables(rows: Sequence[Row]) -> Iterator[Table]:
     batch, _, height, width = first.shape
     where = f'{first.device}, {first.threads} threads' if first.device == 'cpu' else first.device
     what = f'{first.work}, {f"{batch} x " if batch > 1 else ""}{width}x{height}, {where}'
-    table = new_table(f'{what}, {len(first.seconds)} runs', ['network', 'dtype', 'median s', 'min', 'max', 'ratio',
-                                                             f'of {first.gemm_dtype} GEMM'])
+    table = new_table(f'{what}, {len(first.seconds)} runs, GEMM in {first.gemm_dtype}',
+                      ['network', 'dtype', 'median s', 'min', 'max', 'ratio', 'of GEMM'])
     for row in rows:
         table.add_row(row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
                       f'{row.ratio:.3f}', _show(row.gemm_share, '.0%'))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.config.parts import ARCHITECTURE, find_type
@@ -85,8 +85,13 @@ class Subject:
         return self._from_options(*(self._read_options() if path.is_file() else self._parse()))
 
     def complexity(self, height: int, width: int) -> Complexity:
-        """Parameters and MACs of an LR image of that size. The authors' network counts as ours in the paper's way."""
+        """Parameters and MACs of an LR image of that size. The authors' network counts as ours in the paper's way.
+
+        Raises:
+            UserError: The network cannot be built, or gives an image of another size.
+        """
         net = self.build()
+        net.register_forward_hook(self._check_size)
         if self.spec not in OFFICIAL:
             return count(net, COLOURS, height, width)
         ours = ELAN(upscale=self.scale, **PRESETS[OFFICIAL[self.spec]][1])
@@ -127,6 +132,13 @@ class Subject:
         try_network(section, ('network_g',), source)
         arch = find_type(section, ARCHITECTURE, source, ('network_g',))
         return arch(**{name: value for name, value in section.items() if name != 'type'})
+
+    def _check_size(self, net: nn.Module, given: tuple[Tensor], result: Tensor) -> None:
+        (h, w), found = given[0].shape[-2:], tuple(result.shape[-2:])
+        if found != (h * self.scale, w * self.scale):
+            raise UserError(f'{self.spec}: makes {found[1]}x{found[0]} pixels of {w}x{h}; expected '
+                            f'{w * self.scale}x{h * self.scale}, as --scale says; give its arguments as '
+                            'ARCH:key=value or in an option file')
 
     def _check_scale(self, scale: int, channels: tuple[int, int]) -> None:
         if scale != self.scale:

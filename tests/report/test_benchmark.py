@@ -22,7 +22,7 @@ def test_tables_json_and_figure(tmp_path, capsys, monkeypatch):
                  'edsr=30.25', '--json', 'out.json', '--figure', 'out.png']) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    assert 'of float32 GEMM' in shown
+    assert '3 runs, GEMM in float32' in shown
     assert '16x12 LR' in shown and 'training step, 2 x 8x8, cpu, 1 threads, 3 runs' in shown
     found = json.loads((tmp_path / 'out.json').read_text())
     assert [(n['name'], n['size'], n['psnr']) for n in found['networks'][:2]] == [
@@ -37,6 +37,13 @@ def test_tables_json_and_figure(tmp_path, capsys, monkeypatch):
     assert found['machine']['torch'] == torch.__version__
     assert cv2.imread(str(tmp_path / 'out.png')).shape[0] > 100
     assert torch.get_num_threads() == threads
+
+
+def test_a_long_name_stays_readable(capsys):
+    assert main(['benchmark', f'SRVGGNetCompact={EDSR.partition("=")[2]}', '--scale', '2', '--sizes', '16x12',
+                 '--runs', '1']) == 0
+    shown = capsys.readouterr().out
+    assert shown.count('SRVGGNetCompact') == 2 and max(map(len, shown.splitlines())) <= 80
 
 
 def test_memory_is_measured_in_processes_of_their_own(tmp_path):

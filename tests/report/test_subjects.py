@@ -89,6 +89,13 @@ def test_mistakes_are_one_line(spec, message):
     assert '\n' not in str(error.value)
 
 
+def test_a_network_whose_arguments_make_another_size_is_refused_before_it_is_timed():
+    """SwinIR without an upsampler is one for images that are sharp already, and others by default do nothing at all."""
+    line = 'makes 16x24 pixels of 16x24; expected 64x96, as --scale says; give its arguments'
+    with pytest.raises(UserError, match=line):
+        Subject('SwinIR:img_size=16,window_size=8,depths=[1],num_heads=[2],embed_dim=8', 4).complexity(24, 16)
+
+
 def test_the_official_network_comes_from_its_checkout(checkout):
     path, modules = list(sys.path), set(sys.modules)
     subject = Subject('official', 3, str(checkout))
