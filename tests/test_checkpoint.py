@@ -12,25 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import (
+from elan_basicsr.checkpoint import damage, load_elan, load_into, read_state_dict, read_training_state, save_atomic
+from elan_basicsr.contents import find_networks
+from elan_basicsr.errors import UserError
+from elan_basicsr.forms import (
     AUTHORS,
     FORMS,
     FRIED_RICE_LAB,
     OURS,
     Form,
-    damage,
     elan_hyperparameters,
     is_elan,
-    load_elan,
-    load_into,
-    read_state_dict,
-    read_training_state,
-    save_atomic,
     to_native,
     to_official,
 )
-from elan_basicsr.contents import find_networks
-from elan_basicsr.errors import UserError
 from elan_basicsr.interop.convert import convert
 from elan_basicsr.interop.networks import load_network
 

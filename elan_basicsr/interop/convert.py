@@ -7,17 +7,9 @@ from pathlib import Path
 import torch
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import (
-    NOTE,
-    build_elan,
-    load_elan,
-    note_of,
-    read_checkpoint,
-    save_atomic,
-    save_safetensors,
-    to_official,
-)
+from elan_basicsr.checkpoint import build_elan, load_elan, read_checkpoint, save_atomic, save_safetensors
 from elan_basicsr.errors import UserError
+from elan_basicsr.forms import NOTE, note_of, to_official
 from elan_basicsr.interop.weights import local_file
 
 FORMS = ('basicsr', 'official', 'safetensors')

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from elan_basicsr.archs.elan_arch import ELAN, reflect_pad_to_multiple
-from elan_basicsr.checkpoint import build_elan, is_elan, load_into, needs_of_elan, read_checkpoint, read_state_dict
+from elan_basicsr.checkpoint import build_elan, load_into, read_checkpoint, read_state_dict
 from elan_basicsr.contents import Known, Needs, described
 from elan_basicsr.errors import UserError
+from elan_basicsr.forms import is_elan, needs_of_elan
 from elan_basicsr.interop.onnx import OnnxNetwork
 from elan_basicsr.interop.padding import extend
 from elan_basicsr.interop.weights import local_file

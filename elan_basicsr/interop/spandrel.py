@@ -16,12 +16,12 @@ from spandrel import (
 )
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import elan_hyperparameters, is_elan, to_native
 from elan_basicsr.contents import choose_network, find_networks
+from elan_basicsr.forms import elan_hyperparameters, is_elan, to_native
 
 
 class ELANArch(Architecture[ELAN]):
-    """Detects and loads ELAN in any of `checkpoint.FORMS`, under any keys and prefixes."""
+    """Detects and loads ELAN in any of `forms.FORMS`, under any keys and prefixes."""
 
     def __init__(self) -> None:
         super().__init__(id='ELAN', detect=lambda state_dict: bool(find_networks(state_dict, is_elan)))

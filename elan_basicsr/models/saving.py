@@ -7,7 +7,8 @@ import numpy as np
 import torch.distributed as dist
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import NOTE, note_of_arguments, own_state_name, save_atomic
+from elan_basicsr.checkpoint import own_state_name, save_atomic
+from elan_basicsr.forms import NOTE, note_of_arguments
 
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.dist_util import get_dist_info, master_only

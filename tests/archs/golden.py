@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elan_basicsr.checkpoint import to_native
+from elan_basicsr.forms import to_native
 from tests.conftest import SHARED
 
 FOLDERS = (Path(__file__).parents[1] / 'golden', SHARED / 'golden')
