@@ -437,7 +437,8 @@ def _add_benchmark(commands) -> None:
                       '  basicsr benchmark --table --official ../ELAN')
     parser.add_argument('networks', nargs='*', metavar='NET',
                         help='ELAN, ELAN-light, SwinIR-light, official, official-light, an architecture with arguments '
-                             '(SwinIR:embed_dim=60,window_size=8), an option file or a checkpoint; or LABEL=NET')
+                             '(SwinIR:embed_dim=60,window_size=8), an option file, a checkpoint, or an ONNX file in '
+                             'another program (openvino:FILE.onnx, onnxruntime:FILE.onnx); or LABEL=NET')
     parser.add_argument('--official', metavar='DIR', help="a checkout of the authors' repository, which you have")
     parser.add_argument('--scale', type=int, default=4, metavar='N', help='enlargement (default: 4)')
     parser.add_argument('--sizes', nargs='+', type=_size, default=[(320, 180)], metavar='WxH',
@@ -450,6 +451,8 @@ def _add_benchmark(commands) -> None:
     parser.add_argument('--batch', type=_positive, default=4, metavar='N', help="the training step's (default: 4)")
     parser.add_argument('--patch', type=_positive, default=64, metavar='N', help='LR patch in training (default: 64)')
     parser.add_argument('--memory', action='store_true', help='measure peak memory too, each in its own process')
+    parser.add_argument('--busy', type=_positive, default=0, metavar='N',
+                        help='measure again with N busy loops beside, and by how much that slows down')
     parser.add_argument('--psnr', nargs='+', type=_named_value, default=[], metavar='NAME=VALUE',
                         help='PSNR in dB of networks, for the figure')
     parser.add_argument('--json', metavar='FILE', help='write everything that was measured')
@@ -471,7 +474,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     from elan_basicsr.report.benchmark import Settings, benchmark
     from elan_basicsr.report.subjects import Subject
     settings = Settings(sizes=args.sizes, dtypes=args.dtype, devices=args.device, threads=args.threads or [None],
-                        runs=args.runs, train=args.train, batch=args.batch, patch=args.patch, memory=args.memory)
+                        runs=args.runs, train=args.train, batch=args.batch, patch=args.patch, memory=args.memory,
+                        busy=args.busy)
     return benchmark([Subject.parse(text, args.scale, args.official) for text in args.networks], settings,
                      psnr=dict(args.psnr), json_file=args.json, figure=args.figure, axis=args.axis)
 

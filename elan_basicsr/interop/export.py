@@ -105,6 +105,7 @@ def _check(target: Path) -> None:
 
 
 def _export(net: nn.Module, x: Tensor, opset: int | None, dynamic: bool):
+    from onnxscript import optimizer
     shapes = ({0: 'batch', 2: 'height', 3: 'width'},) if dynamic else None
     with torch.no_grad(), _quiet():
         try:
@@ -112,7 +113,12 @@ def _export(net: nn.Module, x: Tensor, opset: int | None, dynamic: bool):
                                         input_names=['input'], output_names=['output'], verbose=False, optimize=False)
         except Exception as error:
             raise UserError(f'torch.onnx could not export it: {" ".join(str(error).split())[:200]}') from error
-    assert program is not None  # it is with dynamo=True
+        assert program is not None  # it is with dynamo=True
+        # Of the exporter's own optimizer all but its rewriting by patterns, which takes most of the time and changes
+        # nothing that a runtime does not. Without folding OpenVINO cannot read the file.
+        optimizer.inline(program.model)
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
     written = program.model.opset_imports['']
     if opset not in (None, written):  # the exporter keeps its own where it cannot convert, and only warns
         raise UserError(f'--opset {opset}: torch.onnx cannot write it; expected one from 18, such as {written}')

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -18,12 +19,21 @@ from rich.table import Table
 from elan_basicsr.errors import UserError
 from elan_basicsr.report.figures import bubble_chart, new_figure, si
 from elan_basicsr.report.memory import peak_memory
+from elan_basicsr.report.rivals import PACKAGES, is_installed, rival
 from elan_basicsr.report.subjects import COLOURS, Subject
-from elan_basicsr.report.timing import Timing, gemm_call, inference_call, takes_tf32, time_interleaved, training_step
+from elan_basicsr.report.timing import (
+    BusyLoops,
+    Timing,
+    gemm_call,
+    inference_call,
+    takes_tf32,
+    time_interleaved,
+    training_step,
+)
 from elan_basicsr.version import __version__
 
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16}
-GEMM = 'gemm', 'float32'
+GEMM = 'gemm', 'float32', 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Settings:
     """What is measured, and how.
 
     `sizes` are width and height of the LR image, `batch` and `patch` of a training step, `threads` of the CPU, None for
-    torch's default.
+    torch's default. With `busy` each is measured a second time with so many busy loops beside it.
     """
     sizes: Sequence[tuple[int, int]] = ((320, 180),)
     dtypes: Sequence[str] = ('float32',)
@@ -42,11 +52,15 @@ class Settings:
     batch: int = 4
     patch: int = 64
     memory: bool = False
+    busy: int = 0
 
 
 @dataclass
 class Row:
-    """One network in one setting. Seconds and bytes; ratios to the first row of the group, None where not measured."""
+    """One network in one setting. Seconds and bytes; ratios to the first row of the group, None where not measured.
+
+    `busy` loops ran beside it, and `slowdown` is to the same without.
+    """
     network: str
     dtype: str
     work: str
@@ -62,6 +76,8 @@ class Row:
     gemm_dtype: str = 'float32'
     memory: int | None = None
     memory_ratio: float | None = None
+    busy: int = 0
+    slowdown: float | None = None
 
 
 def benchmark(subjects: Sequence[Subject], settings: Settings, psnr: Mapping[str, float] | None = None,
@@ -82,6 +98,7 @@ def benchmark(subjects: Sequence[Subject], settings: Settings, psnr: Mapping[str
         UserError: A network, device or file is not as expected; told before anything is measured.
     """
     psnr = dict(psnr or {})
+    subjects = _without_missing(subjects)
     check_request(subjects, settings, psnr, json_file, figure)
     console = Console(highlight=False)
     networks = [{'name': subject.name, 'size': f'{width}x{height}', 'psnr': psnr.get(subject.name),
@@ -117,6 +134,18 @@ def check_request(subjects: Sequence[Subject], settings: Settings, psnr: Mapping
     check_files(json_file, figure)
     for subject in subjects:
         subject.build()
+
+
+def _without_missing(subjects: Sequence[Subject]) -> list[Subject]:
+    """Those whose program is installed; a line on each of the others."""
+    there = []
+    for subject in subjects:
+        program = (rival(subject.spec) or ('',))[0]
+        if program and not is_installed(program):
+            print(f'basicsr: {subject.name} is left out: pip install {PACKAGES[program]}', file=sys.stderr)
+        else:
+            there.append(subject)
+    return there
 
 
 def check_machine(devices: Sequence[str]) -> None:
@@ -155,29 +184,36 @@ def measure_groups(subjects: Sequence[Subject], settings: Settings) -> Iterator[
         for (kind, shape), device, threads in product(work, settings.devices, settings.threads):
             threads = threads or before
             torch.set_num_threads(threads)
-            rows = _measure_times(subjects, settings, kind, shape, device, threads)
+            rows, busy = _measure_times(subjects, settings, kind, shape, device, threads)
             if settings.memory:
                 for row, (subject, _) in zip(rows, product(subjects, settings.dtypes), strict=True):
                     row.memory = memory_of(subject, kind, shape, device, row.dtype, threads)
             for row in rows:
                 row.ratio = row.median / rows[0].median
                 row.memory_ratio = row.memory / rows[0].memory if row.memory and rows[0].memory else None
-            yield rows
+            for row, quiet in zip(busy, rows, strict=bool(busy)):
+                row.ratio, row.slowdown = row.median / busy[0].median, row.median / quiet.median
+            yield rows + busy
     finally:
         torch.set_num_threads(before)
 
 
-def _measure_times(subjects, settings, kind: str, shape, device: str, threads: int) -> list[Row]:
+def _measure_times(subjects, settings, kind: str, shape, device: str, threads: int) -> tuple[list[Row], list[Row]]:
+    """Rows as it is, and rows with busy loops beside."""
     calls = {(subject.name, dtype): make_call(subject, kind, shape, device, dtype)
              for subject, dtype in product(subjects, settings.dtypes)}
-    calls[GEMM], gemm_macs = gemm_call(device)
-    timings = time_interleaved(calls, settings.runs, device)
+    gemm, gemm_macs = gemm_call(device)
+    with BusyLoops(settings.busy) as loops:
+        busy = {(*key, settings.busy): loops.beside(call) for key, call in calls.items()} if settings.busy else {}
+        timings = time_interleaved({**{(*key, 0): call for key, call in calls.items()}, GEMM: gemm, **busy},
+                                   settings.runs, device)
     rate = gemm_macs / timings.pop(GEMM).median
     macs = {subject.name: subject.complexity(*shape[2:]).macs for subject in subjects if kind == 'inference'}
-    return [Row(name, dtype, kind, device, threads, shape, timing.seconds, timing.median, timing.min, timing.max,
+    rows = [Row(name, dtype, kind, device, threads, shape, timing.seconds, timing.median, timing.min, timing.max,
                 gemm_share=macs[name] / timing.median / rate if macs.get(name) else None,
-                gemm_dtype='TF32' if takes_tf32(device) else 'float32')
-            for (name, dtype), timing in timings.items()]
+                gemm_dtype='TF32' if takes_tf32(device) else 'float32', busy=busy)
+            for (name, dtype, busy), timing in timings.items()]
+    return [row for row in rows if not row.busy], [row for row in rows if row.busy]
 
 
 def make_call(subject: Subject, kind: str, shape: tuple[int, int, int, int], device: str,
@@ -245,33 +281,44 @@ def _network_tables(networks: Sequence[dict]) -> Iterator[Table]:
         table = new_table(f'{size} LR', ['network', 'parameters', 'MACs (torch)', 'MACs (paper)', 'PSNR'])
         for row in networks:
             if row['size'] == size:
-                table.add_row(row['name'], f'{row["parameters"]:,}', *('–' if row[key] is None else si(row[key])
-                              for key in ('macs', 'paper_macs')), _show(row['psnr'], '.2f'))
+                table.add_row(row['name'], _show(row['parameters'] or None, ',d'), *('–' if row[key] is None else si(
+                    row[key]) for key in ('macs', 'paper_macs')), _show(row['psnr'], '.2f'))
         yield table
 
 
 def _group_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """Time, then memory if it was measured."""
+    """Time, then that beside busy loops and memory if they were measured."""
+    quiet, busy = ([row for row in rows if bool(row.busy) == wanted] for wanted in (False, True))
     first = rows[0]
     batch, _, height, width = first.shape
     where = f'{first.device}, {first.threads} threads' if first.device == 'cpu' else first.device
     what = f'{first.work}, {f"{batch} x " if batch > 1 else ""}{width}x{height}, {where}'
     table = new_table(f'{what}, {len(first.seconds)} runs, GEMM in {first.gemm_dtype}',
                       ['network', 'dtype', 'median s', 'min', 'max', 'ratio', 'of GEMM'])
-    for row in rows:
-        table.add_row(row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
-                      f'{row.ratio:.3f}', _show(row.gemm_share, '.0%'))
+    for row in quiet:
+        table.add_row(*_times(row), _show(row.gemm_share, '.0%'))
     yield table
+    if busy:
+        table = new_table(f'{what}, {len(first.seconds)} runs, busy loops beside: {busy[0].busy}',
+                          ['network', 'dtype', 'median s', 'min', 'max', 'ratio', 'of quiet'])
+        for row in busy:
+            table.add_row(*_times(row), _show(row.slowdown, '.2f'))
+        yield table
     if any(row.memory is not None for row in rows):
         table = new_table(f'{what}, peak memory', ['network', 'dtype', 'MiB', 'ratio'])
-        for row in rows:
+        for row in quiet:
             table.add_row(row.network, row.dtype, mib(row.memory), _show(row.memory_ratio, '.3f'))
         yield table
 
 
+def _times(row: Row) -> Iterator[str]:
+    yield from (row.network, row.dtype, *(f'{value:.4g}' for value in (row.median, row.min, row.max)),
+                f'{row.ratio:.3f}')
+
+
 def _bubbles(networks: Sequence[dict], rows: Sequence[Row]) -> list[dict]:
     """The networks of the first group, each with its latency in the first dtype."""
-    latency = {row.network: row.median for row in reversed(rows)}
+    latency = {row.network: row.median for row in reversed(rows) if not row.busy}
     return [{**network, 'latency': latency[network['name']]} for network in networks]
 
 

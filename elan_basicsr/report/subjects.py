@@ -19,6 +19,7 @@ from elan_basicsr.interop.networks import load_network
 from elan_basicsr.interop.weights import is_known
 from elan_basicsr.report.complexity import Complexity, count, count_macs, count_paper_macs
 from elan_basicsr.report.official import VALUE_RANGE, build_official
+from elan_basicsr.report.rivals import build_rival, rival
 
 PRESETS: dict[str, tuple[str, dict]] = {
     'ELAN-light': ('ELAN', {'num_feat': 60, 'num_block': 24, 'num_share': 1}),
@@ -38,8 +39,8 @@ class Subject:
 
     Attributes:
         spec: `ELAN-light`, `ELAN`, `SwinIR-light`, `official-light`, `official`, an architecture of the registry, each
-            with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, a checkpoint, or a name of
-            the known weights.
+            with arguments after a colon (`ELAN-light:use_checkpoint=true`), an option file, a checkpoint, a name of the
+            known weights, or an ONNX file in another program (`openvino:FILE.onnx`).
         scale: Enlargement.
         checkout: The authors' repository, for `official` and `official-light`.
         label: What to call it, if not by its spec.
@@ -77,6 +78,8 @@ class Subject:
             if not self.checkout:
                 raise UserError(f"{self.spec}: is the authors' code; expected --official DIR, a checkout of it")
             return build_official(self.checkout, upscale=self.scale, **PRESETS[OFFICIAL[self.spec]][1])
+        if found := rival(self.spec):
+            return build_rival(*found)
         path = Path(self.spec)
         if is_known(self.spec) or path.is_file() and path.suffix.lower() not in ('.yml', '.yaml'):
             network = load_network(path)

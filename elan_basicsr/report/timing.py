@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -65,6 +68,39 @@ def time_interleaved(calls: Mapping[Key, Callable[[], object]], runs: int, devic
         for key in list(calls)[::-1 if number % 2 else 1]:
             seconds[key].append(timed(calls[key]))
     return {key: Timing(tuple(values)) for key, values in seconds.items()}
+
+
+class BusyLoops:
+    """Programs that keep a core each busy, while a call of `beside` runs."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.loops: list[subprocess.Popen] = []
+
+    def __enter__(self) -> BusyLoops:
+        self.loops = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(self.number)]
+        self._signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for loop in self.loops:
+            loop.kill()
+            loop.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for loop in self.loops:
+            loop.send_signal(number)
+
+    def beside(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call with the loops running."""
+        def disturbed() -> object:
+            self._signal(signal.SIGCONT)
+            try:
+                return call()
+            finally:
+                self._signal(signal.SIGSTOP)
+
+        return disturbed
 
 
 def synchronise(device: str) -> None:

@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import pytest
@@ -6,9 +11,15 @@ import skimage.data
 import torch
 
 from elan_basicsr.archs import cpu
+from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.checkpoint import save_atomic
 from elan_basicsr.cli import main
+from elan_basicsr.forms import NOTE
+from elan_basicsr.interop.export import export
 from elan_basicsr.report import targets
+from elan_basicsr.report.subjects import Subject
 from elan_basicsr.report.targets import TARGETS, Target, grey_level_error
+from elan_basicsr.report.timing import BusyLoops
 
 TINY = 'tiny=ELAN:num_feat=15,num_block=1,window_sizes=[4]'
 EDSR = 'edsr=EDSR:num_feat=8,num_block=1'
@@ -44,6 +55,67 @@ def test_a_long_name_stays_readable(capsys):
                  '--runs', '1']) == 0
     shown = capsys.readouterr().out
     assert shown.count('SRVGGNetCompact') == 2 and max(map(len, shown.splitlines())) <= 80
+
+
+def test_busy_loops_run_beside_each_network_and_are_gone_afterwards(tmp_path, capsys):
+    out = tmp_path / 'out.json'
+    assert main(['benchmark', TINY, EDSR, '--scale', '2', '--sizes', '16x12', '--runs', '2', '--busy', '1',
+                 '--json', str(out)]) == 0
+    assert 'busy loops beside: 1' in capsys.readouterr().out
+    rows = json.loads(out.read_text())['rows']
+    assert [(row['network'], row['busy']) for row in rows] == [('tiny', 0), ('edsr', 0), ('tiny', 1), ('edsr', 1)]
+    slower = [rows[i + 2]['median'] / rows[i]['median'] for i in (0, 1)]
+    assert [row['slowdown'] for row in rows] == [None, None, *slower]
+    assert rows[3]['ratio'] == rows[3]['median'] / rows[2]['median']
+
+
+def test_a_busy_loop_runs_only_beside_its_call():
+    def share() -> float:
+        """Of a core, that the loop takes."""
+        before, start = seconds_taken(), time.perf_counter()
+        time.sleep(0.5)
+        return (seconds_taken() - before) / (time.perf_counter() - start)
+
+    def seconds_taken() -> float:
+        fields = Path(f'/proc/{loop.pid}/stat').read_text().rpartition(')')[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+    with BusyLoops(1) as loops:
+        loop, = loops.loops
+        assert share() == 0
+        shares = []
+        loops.beside(lambda: shares.append(share()))()
+        assert shares[0] > 0.1 and share() == 0
+    assert loop.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope='module')
+def onnx_file(tmp_path_factory) -> str:
+    pytest.importorskip('onnxscript')
+    folder = tmp_path_factory.mktemp('onnx')
+    torch.manual_seed(0)
+    net = ELAN(upscale=2, num_feat=15, num_block=2, window_sizes=[4])
+    save_atomic({'params': net.state_dict(), NOTE: {'window_sizes': [4]}}, folder / 'tiny.pth')
+    export(folder / 'tiny.pth', folder / 'tiny.onnx', dynamic=True)
+    return str(folder / 'tiny')
+
+
+@pytest.mark.parametrize('program', ['onnxruntime', 'openvino'])
+def test_a_file_in_another_program_gives_the_same_image(program, onnx_file):
+    pytest.importorskip(program)
+    net = Subject(f'{program}:{onnx_file}.onnx', 2).build()
+    x = torch.rand(1, 3, 12, 16)
+    with torch.inference_mode():
+        assert torch.allclose(net(x), Subject(f'{onnx_file}.pth', 2).build().eval()(x), atol=1e-4)
+    assert main(['benchmark', f'{onnx_file}.pth', f'{program}:{onnx_file}.onnx', '--scale', '2', '--sizes', '16x12',
+                 '--runs', '1', '--dtype', 'float32', 'bf16']) == 0
+
+
+def test_a_program_that_is_not_installed_is_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    assert main(['benchmark', TINY, 'ov=openvino:tiny.onnx', '--scale', '2', '--sizes', '16x12', '--runs', '1']) == 0
+    shown = capsys.readouterr()
+    assert shown.err == 'basicsr: ov is left out: pip install openvino\n' and 'ov' not in shown.out
 
 
 def test_memory_is_measured_in_processes_of_their_own(tmp_path):
