@@ -20,7 +20,7 @@ OPTIONS = {'elan_basicsr.options': 'options', 'elan_basicsr.options.compare': 'o
 # Kernels for a CPU, called through ctypes. Where they cannot be compiled the package does without them, more slowly;
 # ELAN_KERNELS=0 leaves them out, for a wheel without them.
 KERNELS = []
-if (sys.platform, platform.machine()) == ('linux', 'x86_64') and os.environ.get('ELAN_KERNELS') != '0':
+if sys.platform == 'linux' and platform.machine() in ('x86_64', 'aarch64') and os.environ.get('ELAN_KERNELS') != '0':
     headers = sorted(str(path.relative_to(HERE)) for path in (HERE / 'elan_basicsr/archs/cpu/kernels').glob('*.h'))
     sources = ['elan_basicsr/archs/cpu/kernels/kernels.cpp', *headers]
     # By this sum library.py tells kernels that were compiled from other sources than lie beside it.

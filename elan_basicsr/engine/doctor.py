@@ -68,9 +68,9 @@ def _print_plugins() -> bool:
 def _kernels() -> str:
     kernels = library()
     if kernels:
-        return {8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()]
-    return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2, and a C++ compiler when '
-            'the package is installed')
+        return {4: 'NEON', 8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()]
+    return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2 or aarch64, and a C++ '
+            'compiler when the package is installed')
 
 
 def _registered(entries: registry.Registry, name: str) -> bool:

@@ -70,18 +70,20 @@ def _assert_near(ours: dict, exact: dict) -> None:
             assert (value.double() - wanted).norm() <= GRADIENT_ROUNDING * max(wanted.norm(), 1e-3), name
 
 
-@pytest.mark.skipif(sys.platform != 'linux' or platform.machine() != 'x86_64' or not shutil.which('g++')
-                    or os.environ.get('ELAN_KERNELS') == '0', reason='needs Linux on x86-64 and a C++ compiler')
+@pytest.mark.skipif(sys.platform != 'linux' or platform.machine() not in ('x86_64', 'aarch64')
+                    or not shutil.which('g++') or os.environ.get('ELAN_KERNELS') == '0',
+                    reason='needs Linux on x86-64 or aarch64 and a C++ compiler')
 def test_they_are_installed_where_they_can_be():
     flags = Path('/proc/cpuinfo').read_text().split()
-    lanes = 16 if 'avx512dq' in flags and os.environ.get('ELAN_KERNELS') != 'avx2' else 8 if 'avx2' in flags else None
+    wide = 'avx512dq' in flags and os.environ.get('ELAN_KERNELS') != 'avx2'
+    lanes = 4 if platform.machine() == 'aarch64' else 16 if wide else 8 if 'avx2' in flags else None
     found = library.library()
     assert (found.elan_lanes() if found else None) == lanes
 
 
 @compiled
 @pytest.mark.skipif('ELAN_KERNELS' in os.environ, reason='the kernels were chosen already')
-@pytest.mark.skipif(library.vector_lanes() == 8, reason='this processor has no others')
+@pytest.mark.skipif(library.vector_lanes() < 16, reason='this processor has no others')
 def test_those_for_avx2_hold_the_same_promises():
     run = subprocess.run([sys.executable, '-m', 'pytest', __file__, '-k', 'not concurrent'], capture_output=True,
                          text=True, env={**os.environ, 'ELAN_KERNELS': 'avx2'})

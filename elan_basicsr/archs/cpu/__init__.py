@@ -1,4 +1,4 @@
-"""The blocks of ELAN on an x86 CPU in float32, by kernels compiled for it: the function of `elan_arch`, only faster."""
+"""The blocks of ELAN on a CPU in float32, by kernels compiled for it: the function of `elan_arch`, only faster."""
 from __future__ import annotations
 
 from collections.abc import Sequence

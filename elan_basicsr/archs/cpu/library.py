@@ -54,7 +54,7 @@ def _are_of_these_sources(kernels: ctypes.CDLL) -> bool:
 
 
 def vector_lanes() -> int:
-    """Numbers that the kernels' vectors hold: 8 or 16; 0 where there are no kernels."""
+    """Numbers that the kernels' vectors hold: 4, 8 or 16; 0 where there are no kernels."""
     found = library()
     return found.elan_lanes() if found else 0
 

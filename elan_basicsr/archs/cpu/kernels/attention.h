@@ -91,7 +91,7 @@ INLINE void some_inner_products(const float *x, const float *y, long room, long 
 // The same for all j of a window, whose tokens are a multiple of 16.
 template <int U, class Of>
 INLINE void inner_products(const float *x, const float *y, long room, long n, long d, Of of) {
-    constexpr int N = (LANES == 16 ? 16 : 12) / U;  // N * U sums and what they are made of fit the registers
+    constexpr int N = (FEW ? 12 : 16) / U;  // N * U sums and what they are made of fit the registers
     long j = 0;
     for (; j + N <= n; j += N) some_inner_products<N, U>(x, y, room, j, d, of);
     for (; j < n; j += 2) some_inner_products<2, U>(x, y, room, j, d, of);
@@ -109,7 +109,7 @@ INLINE void some_weighted(const float *p, const float *y, long room, long n, con
 
 template <int U>
 INLINE void weighted(const float *p, const float *y, long room, long n, long d, const vec (&factor)[U], float *out) {
-    constexpr int N = LANES == 16 ? 10 : 10 / U;  // more would need more addresses than there are registers
+    constexpr int N = FEW ? 10 / U : 10;  // more would need more addresses than there are registers
     long k = 0;
     for (; k + N <= d; k += N) some_weighted<N, U>(p, y + k * room, room, n, factor, out + k * room);
     for (; k + 2 <= d; k += 2) some_weighted<2, U>(p, y + k * room, room, n, factor, out + k * room);

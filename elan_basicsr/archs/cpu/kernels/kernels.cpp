@@ -1,4 +1,4 @@
-// ELAN's modules on a CPU in float32: what archs/cpu calls, compiled for AVX-512 and for AVX2.
+// ELAN's modules on a CPU in float32: what archs/cpu calls, compiled for AVX-512 and for AVX2, or for NEON.
 //
 // Maps are (image, row, channel, column): a row of the image is a block of lines, one per channel, each `pitch` numbers
 // long of which the first `w` are pixels. Vectors hold neighbouring pixels of a line, so a shift is another address, a
@@ -13,6 +13,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+#ifdef __x86_64__
 
 #define NAMESPACE avx512
 #define LANES 16
@@ -36,6 +38,8 @@
 #include "gradients.h"
 #pragma GCC pop_options
 
+#define CHOOSE(name, ...) (width() == 16 ? avx512::name(__VA_ARGS__) : avx2::name(__VA_ARGS__))
+
 namespace {
 
 int width() {
@@ -52,11 +56,27 @@ int width() {
 
 }  // namespace
 
-#define CHOOSE(name, ...) (width() == 16 ? avx512::name(__VA_ARGS__) : avx2::name(__VA_ARGS__))
+#else  // aarch64, of which every processor has NEON
+
+#define NAMESPACE neon
+#define LANES 4
+#include "tiles.h"
+#include "attention.h"
+#include "features.h"
+#include "gradients.h"
+
+#define CHOOSE(name, ...) neon::name(__VA_ARGS__)
+
+namespace {
+constexpr int width() { return LANES; }
+}  // namespace
+
+#endif
 
 extern "C" {
 
-// Numbers in a vector: 16 with AVX-512, 8 with AVX2, 0 where neither is there and nothing else here may be called.
+// Numbers in a vector: 16 with AVX-512, 8 with AVX2, 4 with NEON; 0 on an x86 processor that has neither, where nothing
+// else here may be called.
 long elan_lanes() { return width(); }
 
 // What these kernels were compiled from, as setup.py and library.py sum it up.

@@ -6,7 +6,8 @@ typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_a
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
 constexpr int R = 5;                    // outputs of a tile: 60, 120, 180 and 360 channels leave no rest
-constexpr int V = LANES == 16 ? 4 : 2;  // vectors of pixels of a tile; R * V sums stay in registers
+constexpr bool FEW = LANES == 8;        // registers: AVX2 has 16, AVX-512 and NEON have 32
+constexpr int V = FEW ? 2 : 4;          // vectors of pixels of a tile; R * V sums stay in registers
 constexpr long PIXELS = V * LANES;
 
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
