@@ -387,7 +387,9 @@ def _add_upscale(commands) -> None:
                         help="enlargement, at most the network's (the default; 4 without --weights); the rest is taken "
                              'back by the bicubic')
     parser.add_argument('--format', dest='format_', metavar='NAME',
-                        help='png, jpg, webp, tif or bmp for all images (default: as the input)')
+                        help='png, jpg, webp, avif, tif or bmp for all images (default: as the input)')
+    parser.add_argument('--quality', metavar='N',
+                        help='of JPEG, WebP and AVIF: 1 to 100, or lossless for WebP (default: 95)')
     parser.add_argument('--tile', type=int, metavar='PIXELS',
                         help='edge of tiles in input pixels, 0 for the whole image (default: what the memory allows)')
     parser.add_argument('--tile-overlap', type=int, metavar='PIXELS',
