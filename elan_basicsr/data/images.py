@@ -1,14 +1,17 @@
 """Reading photographs as training data: any usual format, 8 or 16 bit, as BGR."""
 from __future__ import annotations
 
+import functools
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from elan_basicsr.compat import replace_everywhere
 from elan_basicsr.data.pictures import (
     EXTENSIONS,
     ORIENTATION,
@@ -17,8 +20,10 @@ from elan_basicsr.data.pictures import (
     profile_name,
     read_picture,
 )
-from elan_basicsr.data.tiff import turned
+from elan_basicsr.data.tiff import MAGIC, turned
 from elan_basicsr.errors import UserError
+
+from basicsr.utils import img_util
 
 _LARGEST = 'OPENCV_IO_MAX_IMAGE_PIXELS'  # the bound on what the toolbox's own reading takes
 
@@ -105,6 +110,26 @@ def _changes(picture: Picture) -> Iterator[str]:
         yield f'the values stay, but the colour profile is left out ({profile})'
 
 
+def serve_toolbox() -> None:
+    """Have the toolbox's datasets see a TIFF as `read_bgr` does.
+
+    Of TIFFs OpenCV gives noise where the planes are apart, and a negative where 0 is white.
+    """
+    upstream = img_util.imfrombytes
+
+    @functools.wraps(upstream)
+    def imfrombytes(content, flag='color', float32=False):
+        if flag == 'color' and bytes(content[:4]) in MAGIC:
+            try:
+                img = eight_bit(decode_bgr(content, f'an image of {len(content)} bytes'))
+            except UserError as error:
+                raise ValueError(str(error)) from None
+            return img.astype(np.float32) / 255 if float32 else img
+        return upstream(content, flag, float32)
+
+    replace_everywhere('imfrombytes', upstream, imfrombytes)
+
+
 def eight_bit(img: np.ndarray) -> np.ndarray:
     """The upper eight bits of an image, as the toolbox reads those of 16."""
     return (img >> 8).astype(np.uint8) if img.dtype == np.uint16 else img
@@ -133,3 +158,9 @@ class Changes:
         """Each with the first name and how many more files there are, fit to be printed."""
         return [str(UserError(f'{min(map(str, paths))}{f" and {len(paths) - 1} more" * (len(paths) > 1)}: {what}'))
                 for what, paths in sorted(self._files.items())]
+
+
+def say_what_is_left_out(changes: Changes, folder, passed_over: Sequence[Path]) -> None:
+    """A line on stderr for everything that the images of a folder lose, and one for the files that are no images."""
+    for line in (*changes.lines(), *([f'{folder}: {counted(passed_over)} passed over'] if passed_over else [])):
+        sys.stderr.write(f'basicsr: {line}\n')

@@ -134,7 +134,7 @@ def _read_tiff_alone(file: BinaryIO, path, max_pixels: int, bound: str, first_fr
         changes = _check_frames(layout.pictures, layout.changes, path, first_frame)
         if layout.is_pillows:
             raise UserError(f'{path}: has {page.samplesperpixel} channels of {page.bitspersample} bit, '
-                            f'{page.photometric.name}, which are not read; convert it to RGB first')
+                            f'{tiff.name(page.photometric)}, which are not read; convert it to RGB first')
         return Picture(*tiff.read_pixels(layout, file, path), page.tags.valueof(34675), xmp=page.tags.valueof(700),
                        changes=changes)
     except BAD_FILE as error:

@@ -65,14 +65,13 @@ def read_layout(file: BinaryIO, path) -> Layout:
     opened = tifffile.TiffFile(file)
     page = opened.pages.first
     bits, kind = page.bitspersample, page.photometric
-    name = getattr(kind, 'name', kind)
     if page.sampleformat in _NUMBERS or bits not in (1, 2, 4, 8, 16):
         number = _NUMBERS.get(page.sampleformat, 'unsigned')
         raise UserError(f'{path}: has {bits}-bit {number} pixels, expected unsigned ones of 8 or 16 bit; convert it '
                         'first')
     if kind not in _COLOURS or (bits == 16 and kind in (_PALETTE, _YCBCR, _LAB)):
-        raise UserError(f'{path}: has {bits}-bit pixels of photometric interpretation {name}, which are not read; '
-                        'convert it to RGB first')
+        raise UserError(f'{path}: has {bits}-bit pixels of photometric interpretation {name(kind)}, which are not '
+                        'read; convert it to RGB first')
     if bits < 8 and (page.samplesperpixel > 1 or page.fillorder == 2 and kind == _PALETTE):
         raise UserError(f'{path}: has {page.samplesperpixel} channels of {bits} bit, expected 8 or 16 bit; convert it '
                         'first')
@@ -84,12 +83,18 @@ def read_layout(file: BinaryIO, path) -> Layout:
         raise UserError(f'{path}: has CMYK pixels of {bits} bit with {page.samplesperpixel} channels'
                         f'{" in planes" * planes}, which are not read; convert it to RGB first')
     if page.samplesperpixel < _COLOURS[kind]:
-        raise UserError(f'{path}: has {page.samplesperpixel} channels, {name} has {_COLOURS[kind]}; it may be damaged')
+        raise UserError(f'{path}: has {page.samplesperpixel} channels, {name(kind)} has {_COLOURS[kind]}; it may be '
+                        'damaged')
     _, _, further = _channels(page)
     changes = [f'{further} channels beside colour and alpha are left out'] if further else []
     if kind == _CMYK and bits == 16:
         changes.append('16 bits become 8')
-    return Layout(page, sum(not each.subfiletype & _REDUCED_OR_MASK for each in opened.pages), changes)
+    return Layout(page, sum(not getattr(each, 'subfiletype', 0) & _REDUCED_OR_MASK for each in opened.pages), changes)
+
+
+def name(value: int) -> str:
+    """What tifffile calls the value of a tag."""
+    return getattr(value, 'name', str(value))
 
 
 def _channels(page) -> tuple[int, int | None, int]:
@@ -116,7 +121,7 @@ def read_pixels(layout: Layout, file: BinaryIO, path) -> tuple[np.ndarray, np.nd
     colour, alpha = pixels[..., :count], None if at is None else pixels[..., at]
     if page.photometric == _WHITE_IS_0:
         colour = most - colour
-    if alpha is not None and page.extrasamples and page.extrasamples[at - count] == _ASSOCIATED:
+    if alpha is not None and [what for what in page.extrasamples if what][:1] == [_ASSOCIATED]:
         share = np.maximum(alpha, 1)[..., None] / most
         colour = np.minimum(np.round(colour / share), most).astype(pixels.dtype)
     return colour, alpha
@@ -131,16 +136,14 @@ def _samples(page, file: BinaryIO, path) -> np.ndarray:
     """(H, W, all channels) as the file has them, turned upright."""
     if _tifffile_decodes(page):
         planes = page.asarray(squeeze=False)[:, 0]  # (planes, H, W, channels of a plane)
-        pixels = np.concatenate(list(planes), axis=-1)
-        tag = page.tags.get('Orientation')
-        return turned(pixels, tag.value if tag else 1)
+        return turned(np.concatenate(list(planes), axis=-1), page.tags.valueof('Orientation', default=1))
     file.seek(0)
-    pixels = None
+    pixels: np.ndarray | None = None
     if page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4):
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)  # turns the pixels as well
     if pixels is None or pixels.dtype != page.dtype:
         raise UserError(f'{path}: has {page.samplesperpixel} channels of {page.bitspersample} bit'
-                        f'{" in planes" * (page.planarconfig == 2)}, compressed by {page.compression.name}, for which '
+                        f'{" in planes" * (page.planarconfig == 2)}, compressed by {name(page.compression)}, for which '
                         'imagecodecs is needed; install it, or save the file without compression')
     return pixels[..., None] if pixels.ndim == 2 else pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]
 

@@ -117,7 +117,7 @@ def _write_8_bit(picture: Picture, path: Path, kind: str, quality: int | str) ->
         ImageOps.exif_transpose(image, in_place=True)
         image.save(path, kind, **({'dpi': picture.dpi} if picture.dpi else {}))
         return
-    keep = {'icc_profile': picture.icc, 'dpi': picture.dpi, 'exif': _exif_bytes(picture, kind)}
+    keep: dict[str, object] = {'icc_profile': picture.icc, 'dpi': picture.dpi, 'exif': _exif_bytes(picture, kind)}
     options = _SAVE[kind]
     if kind in WITH_QUALITY:
         options = {**options, **({'lossless': True} if quality == LOSSLESS else {'quality': quality})}
@@ -193,7 +193,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 def _write_tiff16(picture: Picture, path: Path) -> None:
     pixels = _pixels(picture)
-    tags = [(tag, 's', 0, value, True) for tag, value in picture.exif.items() if isinstance(value, str)]
+    tags: list[tuple] = [(tag, 's', 0, value, True) for tag, value in picture.exif.items() if isinstance(value, str)]
     if turned := picture.exif.get(ORIENTATION):  # of a PNG or JPEG
         tags.append((ORIENTATION, 'H', 1, turned, True))
     if picture.xmp:
