@@ -132,7 +132,7 @@ def _read_tiff_alone(file: BinaryIO, path, max_pixels: int, bound: str, first_fr
         page = layout.page
         _check_size(page.imagewidth, page.imagelength, path, max_pixels, bound)
         changes = _check_frames(layout.pictures, layout.changes, path, first_frame)
-        if layout.is_pillows:
+        if layout.reader != tiff.TIFFFILE:
             raise UserError(f'{path}: has {page.samplesperpixel} channels of {page.bitspersample} bit, '
                             f'{tiff.name(page.photometric)}, which are not read; convert it to RGB first')
         return Picture(*tiff.read_pixels(layout, file, path), page.tags.valueof(34675), xmp=page.tags.valueof(700),
@@ -176,17 +176,18 @@ def _read(image: ImageFile.ImageFile, file: BinaryIO, path, first_frame: bool) -
     # The further frames of a phone's MPO are previews and gain maps; the first is the photograph.
     frames = layout.pictures if layout else getattr(image, 'n_frames', 1) if image.format != 'MPO' else 1
     changes = _check_frames(frames, layout.changes if layout else [], path, first_frame)
+    _scale_key(image)
     exif = _exif(image)
-    if layout is None or layout.is_pillows:
-        image.load()  # of a 16-bit PNG as well: OpenCV would fill up one that is cut off
+    if layout is None or layout.reader != tiff.TIFFFILE:
+        image.load()  # of 16 bits as well: OpenCV would fill up an image that is cut off
     icc, dpi, xmp = image.info.get('icc_profile'), _dpi(image), image.info.get('xmp')
     if layout is not None:
         exif.pop(ORIENTATION, None)  # the pixels are turned
         xmp = xmp and re.sub(rb'(tiff:Orientation(?:="|>))\d', rb'\g<1>1', xmp)
-    if layout is not None and not layout.is_pillows:
+    if layout is not None and layout.reader != tiff.PILLOW:
         colour, alpha = tiff.read_pixels(layout, file, path)
     elif is_16_bit and layout is None:
-        colour, alpha = _read_16_bit(file, path)
+        colour, alpha = _read_16_bit(file, path, image.info.get('transparency'))
     else:
         if image.mode in ('CMYK', 'LAB'):
             changes = [*changes, f'{image.mode} becomes sRGB']
@@ -213,7 +214,14 @@ def _check_frames(frames: int, changes: list[str], path, first_frame: bool) -> l
 
 def _is_16_bit(image: ImageFile.ImageFile) -> bool:
     """Of an image not yet loaded. Pillow opens 16-bit colour as 8-bit; the decoder's argument, RGB;16B, tells."""
-    return any(';16' in str(tile[3]) for tile in image.tile)
+    return any(';16' in str(tile[3]) for tile in image.tile) and image.format != 'BMP'  # 16 bits for three channels
+
+
+def _scale_key(image: ImageFile.ImageFile) -> None:
+    """Pillow scales grey of 2 and 4 bits to 8, but not the level that a PNG says is transparent."""
+    bits = {'L;2': 2, 'L;4': 4}.get(str(image.tile[0][3])) if image.tile else None
+    if bits and isinstance(image.info.get('transparency'), int):
+        image.info['transparency'] *= 255 // (2**bits - 1)
 
 
 def _exif(image: Image.Image) -> Image.Exif:
@@ -235,13 +243,14 @@ def _dpi(image: Image.Image) -> tuple[float, float] | None:
     return (x, y) if x > 0 and y > 0 else None
 
 
-def _read_16_bit(file: BinaryIO, path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_16_bit(file: BinaryIO, path, key: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Colour and alpha; `key` is the grey that is transparent, which OpenCV leaves out of account."""
     file.seek(0)
     pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None or pixels.dtype != np.uint16:
         raise UserError(f'{path}: is no 16-bit image that OpenCV reads; convert it to a 16-bit PNG first')
     if pixels.ndim == 2:
-        return pixels[..., None], None
+        return pixels[..., None], None if key is None else np.where(pixels == key, 0, 65535).astype(np.uint16)
     alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
     colour = pixels[..., 2::-1]
     grey_with_alpha = alpha is not None and (colour[..., :1] == colour).all()  # which OpenCV reads as colour

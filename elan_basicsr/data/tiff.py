@@ -15,6 +15,7 @@ MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 _WHITE_IS_0, _GREY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 # Channels of colour that each photometric interpretation has.
 _COLOURS = {_WHITE_IS_0: 1, _GREY: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3, _LAB: 3}
+PILLOW, TIFFFILE, OPENCV = 'Pillow', 'tifffile', 'OpenCV'
 _TIFFFILES = (_WHITE_IS_0, _GREY, _RGB)
 _NUMBERS = {2: 'signed', 3: 'floating-point', 5: 'complex', 6: 'complex'}
 _ASSOCIATED, _UNASSOCIATED = 1, 2
@@ -33,18 +34,21 @@ class Layout:
     changes: list[str]
 
     @property
-    def is_pillows(self) -> bool:
-        """Whether Pillow reads the pixels: what is neither grey nor RGB, and where tifffile lacks the compression.
+    def reader(self) -> str:
+        """Who reads the pixels right: tifffile grey and RGB, Pillow the rest.
 
-        Of the latter it reads those of 8 bits without channels that it would mix up.
+        Where tifffile lacks the compression Pillow reads 8 bits and OpenCV 16, of channels that they do not mix up.
         """
         page = self.page
-        count = _COLOURS[page.photometric]
         if page.photometric not in _TIFFFILES or page.bitspersample < 8:
-            return True
-        if _tifffile_decodes(page) or page.bitspersample > 8:
-            return False
-        return page.samplesperpixel == count or (page.planarconfig == 1 and count == 3 and page.samplesperpixel == 4)
+            return PILLOW
+        count = _COLOURS[page.photometric]
+        plain = page.samplesperpixel == count or (page.samplesperpixel == 4 and page.planarconfig == 1 and count == 3)
+        if _tifffile_decodes(page) or not plain:
+            return TIFFFILE
+        if page.bitspersample == 8:
+            return PILLOW
+        return OPENCV if page.planarconfig == 1 else TIFFFILE
 
     @property
     def palette_of_bytes(self) -> bytes | None:
@@ -115,7 +119,7 @@ def read_pixels(layout: Layout, file: BinaryIO, path) -> tuple[np.ndarray, np.nd
         UserError: The compression is one that needs imagecodecs.
     """
     page = layout.page
-    pixels = _samples(page, file, path)
+    pixels = _samples(layout, file, path)
     most = np.iinfo(pixels.dtype).max
     count, at, _ = _channels(page)
     colour, alpha = pixels[..., :count], None if at is None else pixels[..., at]
@@ -132,14 +136,15 @@ def _tifffile_decodes(page) -> bool:
     return page.compression in tifffile.TIFF.DECOMPRESSORS and page.predictor in tifffile.TIFF.UNPREDICTORS
 
 
-def _samples(page, file: BinaryIO, path) -> np.ndarray:
+def _samples(layout: Layout, file: BinaryIO, path) -> np.ndarray:
     """(H, W, all channels) as the file has them, turned upright."""
+    page = layout.page
     if _tifffile_decodes(page):
         planes = page.asarray(squeeze=False)[:, 0]  # (planes, H, W, channels of a plane)
         return turned(np.concatenate(list(planes), axis=-1), page.tags.valueof('Orientation', default=1))
     file.seek(0)
     pixels: np.ndarray | None = None
-    if page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4):
+    if layout.reader == OPENCV:
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)  # turns the pixels as well
     if pixels is None or pixels.dtype != page.dtype:
         raise UserError(f'{path}: has {page.samplesperpixel} channels of {page.bitspersample} bit'
