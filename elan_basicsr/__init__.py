@@ -14,6 +14,7 @@ with dependencies.explained():
     compat.apply()  # before the first import of basicsr, which does not import without it
 
     from elan_basicsr.archs import elan_arch
+    from elan_basicsr.data import images as _images
     from elan_basicsr.data import raw_lmdb_dataset as _raw_lmdb_dataset  # noqa: F401
     from elan_basicsr.interop import on_import as _on_import
     from elan_basicsr.interop import pyiqa as _pyiqa  # noqa: F401
@@ -21,6 +22,7 @@ with dependencies.explained():
     from elan_basicsr.models import real_elan_model as _real_elan_model  # noqa: F401
 
 ELAN = elan_arch.ELAN
+_images.serve_toolbox()
 _on_import.register()
 
 __all__ = ['ELAN', '__version__']

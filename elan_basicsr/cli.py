@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.version import __version__
 
-EXIT_RUN_LOST = 1
+EXIT_RUN_LOST = EXIT_SOME_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
@@ -272,10 +272,15 @@ def _add_data_build(commands) -> None:
 
     def call(args: argparse.Namespace) -> int:
         from elan_basicsr.data.prepare import build
+        failed: list[str] = []
         for path in build(hr=args.hr, lr=args.lr, out=args.out, scales=args.scales, layout=args.layout,
-                          blur=args.blur):
+                          blur=args.blur, failed=failed):
             print(path)
-        return 0
+        for line in failed:
+            sys.stderr.write(f'basicsr: {line}\n')
+        if failed:
+            sys.stderr.write(f'basicsr: {len(failed)} images cannot be used and were left out\n')
+        return EXIT_SOME_FAILED if failed else 0
 
     parser.set_defaults(call=call)
 
@@ -387,7 +392,9 @@ def _add_upscale(commands) -> None:
                         help="enlargement, at most the network's (the default; 4 without --weights); the rest is taken "
                              'back by the bicubic')
     parser.add_argument('--format', dest='format_', metavar='NAME',
-                        help='png, jpg, webp, tif or bmp for all images (default: as the input)')
+                        help='png, jpg, webp, avif, tif or bmp for all images (default: as the input)')
+    parser.add_argument('--quality', metavar='N',
+                        help='of JPEG, WebP and AVIF: 1 to 100, or lossless for WebP (default: 95)')
     parser.add_argument('--tile', type=int, metavar='PIXELS',
                         help='edge of tiles in input pixels, 0 for the whole image (default: what the memory allows)')
     parser.add_argument('--tile-overlap', type=int, metavar='PIXELS',

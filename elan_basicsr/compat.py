@@ -258,10 +258,15 @@ def image_errors() -> bool:
                                  'memory for it') from None
             raise ValueError(f'an image of {len(content)} bytes cannot be decoded, it may be damaged') from None
 
-    for module in [value for name, value in sys.modules.items() if name.startswith('basicsr.')]:
-        if getattr(module, 'imfrombytes', None) is upstream:
-            vars(module)['imfrombytes'] = imfrombytes
+    replace_everywhere('imfrombytes', upstream, imfrombytes)
     return True
+
+
+def replace_everywhere(name: str, upstream, ours) -> None:
+    """Put `ours` in the place of the toolbox's function in every module that holds it by its name."""
+    for module in [value for key, value in sys.modules.items() if key.startswith('basicsr.')]:
+        if getattr(module, name, None) is upstream:
+            vars(module)[name] = ours
 
 
 def safe_torch_load() -> bool:

@@ -1,20 +1,35 @@
 """Reading photographs as training data: any usual format, 8 or 16 bit, as BGR."""
 from __future__ import annotations
 
+import functools
+import io
 import os
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from elan_basicsr.compat import replace_everywhere
+from elan_basicsr.data.pictures import (
+    EXTENSIONS,
+    ORIENTATION,
+    Picture,
+    decode_picture,
+    profile_name,
+    read_picture,
+)
+from elan_basicsr.data.tiff import MAGIC, turned
 from elan_basicsr.errors import UserError
 
-EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp')
+from basicsr.utils import img_util
+
+_LARGEST = 'OPENCV_IO_MAX_IMAGE_PIXELS'  # the bound on what the toolbox's own reading takes
 
 
-def find_images(folder: str | os.PathLike) -> dict[str, Path]:
-    """All images below a folder by key, in the order of the keys.
+def find_images(folder: str | os.PathLike, passed_over: list[Path] | None = None) -> dict[str, Path]:
+    """All images below a folder by key, in the order of the keys. `passed_over` takes the files that are none.
 
     A key is the path below the folder without its extension, with `_` for separators and dots, since the toolbox reads
     an LMDB key up to its first dot.
@@ -32,6 +47,8 @@ def find_images(folder: str | os.PathLike) -> dict[str, Path]:
             if key in found:
                 raise UserError(f'{path}: has the same key ({key}) as {found[key]}; rename one of them')
             found[key] = path
+        elif passed_over is not None and not path.name.startswith('.'):
+            passed_over.append(path)
     if not found:
         raise UserError(f'{folder}: holds no images ({", ".join(EXTENSIONS)})')
     return dict(sorted(found.items()))
@@ -57,40 +74,93 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             yield Path(base) / name
 
 
-def read_bgr(path: str | os.PathLike) -> np.ndarray:
-    """An image as (H, W, 3) BGR, uint8 or uint16. Grey becomes three equal channels; alpha is dropped.
+def read_bgr(path: str | os.PathLike, changes: Changes | None = None) -> np.ndarray:
+    """An image as (H, W, 3) BGR, uint8 or uint16, upright. Grey becomes three equal channels; alpha is dropped.
+
+    `changes` notes what of the pixels is lost, or is not what it seems.
 
     Raises:
-        UserError: The file is missing, empty, cut off, or of a format OpenCV does not read.
+        UserError: See `pictures.read_picture`; of several frames or pages the first is taken.
     """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror or error})') from None
-    try:
-        img = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data.size else None
-    except cv2.error as error:
-        if too_large(error):
-            raise UserError(f'{path}: {too_large(error)}') from None
-        img = None
-    if img is None or img.dtype not in (np.uint8, np.uint16) or cut_off(data):
-        raise UserError(f'{path}: is no readable image; it may be cut off or damaged')
-    return img
+    picture = read_picture(path, _largest(), bound=_LARGEST, first_frame=True)
+    if changes is not None:
+        changes.note(path, _changes(picture))
+    return _to_bgr(picture)
 
 
-def too_large(error: cv2.error) -> str | None:
-    """In words, if OpenCV refused an image for the size in its header."""
-    if 'MAX_IMAGE' not in str(error):
-        return None
-    limit = os.environ.get('OPENCV_IO_MAX_IMAGE_PIXELS', 1 << 30)
-    return f'has more than {limit} pixels; raise OPENCV_IO_MAX_IMAGE_PIXELS if there is memory for it'
+def decode_bgr(content, name: str) -> np.ndarray:
+    """`read_bgr` of a file's content, which error messages call `name`."""
+    return _to_bgr(decode_picture(io.BytesIO(content), name, _largest(), bound=_LARGEST, first_frame=True))
 
 
-def cut_off(data: np.ndarray) -> bool:
-    """Whether a PNG or JPEG lacks its end: OpenCV returns the part it could decode, filled up with grey."""
-    head, tail = data[:8].tobytes(), data[-64:].tobytes()
-    if head == b'\x89PNG\r\n\x1a\n':
-        return b'IEND' not in tail
-    if head[:3] == b'\xff\xd8\xff':
-        return b'\xff\xd9' not in data[-4096:].tobytes()
-    return False
+def _largest() -> int:
+    return int(os.environ.get(_LARGEST, 1 << 30))
+
+
+def _to_bgr(picture: Picture) -> np.ndarray:
+    colour = turned(picture.colour, picture.exif.get(ORIENTATION, 1))
+    return np.ascontiguousarray(colour[..., ::-1] if colour.shape[2] == 3 else colour.repeat(3, axis=2))
+
+
+def _changes(picture: Picture) -> Iterator[str]:
+    yield from (*picture.changes, *picture.colour_label)
+    if picture.alpha is not None:
+        yield 'transparency is left out'
+    if (profile := profile_name(picture.icc)) and 'srgb' not in profile.lower():
+        yield f'the values stay, but the colour profile is left out ({profile})'
+
+
+def serve_toolbox() -> None:
+    """Have the toolbox's datasets see a TIFF as `read_bgr` does.
+
+    Of TIFFs OpenCV gives noise where the planes are apart, and a negative where 0 is white.
+    """
+    upstream = img_util.imfrombytes
+
+    @functools.wraps(upstream)
+    def imfrombytes(content, flag='color', float32=False):
+        if flag == 'color' and bytes(content[:4]) in MAGIC:
+            try:
+                img = eight_bit(decode_bgr(content, f'an image of {len(content)} bytes'))
+            except UserError as error:
+                raise ValueError(str(error)) from None
+            return img.astype(np.float32) / 255 if float32 else img
+        return upstream(content, flag, float32)
+
+    replace_everywhere('imfrombytes', upstream, imfrombytes)
+
+
+def eight_bit(img: np.ndarray) -> np.ndarray:
+    """The upper eight bits of an image, as the toolbox reads those of 16."""
+    return (img >> 8).astype(np.uint8) if img.dtype == np.uint16 else img
+
+
+def counted(files: Sequence[Path]) -> str:
+    """How many files there are of each suffix, and the first names: `2 files (.heic 1, .txt 1: a.heic, notes.txt)`."""
+    suffixes = Counter(path.suffix.lower() or 'without suffix' for path in files)
+    names = ', '.join(path.name for path in files[:3])
+    return (f'{len(files)} file{"s" * (len(files) > 1)} ('
+            f'{", ".join(f"{suffix} {number}" for suffix, number in suffixes.most_common(5))}: '
+            f'{names}{", …" * (len(files) > 3)})')
+
+
+class Changes:
+    """What files lose on their way, each thing said in one line for all of them."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, list] = {}
+
+    def note(self, path, whats: Iterable[str]) -> None:
+        for what in whats:
+            self._files.setdefault(what, []).append(path)
+
+    def lines(self) -> list[str]:
+        """Each with the first name and how many more files there are, fit to be printed."""
+        return [str(UserError(f'{min(map(str, paths))}{f" and {len(paths) - 1} more" * (len(paths) > 1)}: {what}'))
+                for what, paths in sorted(self._files.items())]
+
+
+def say_what_is_left_out(changes: Changes, folder, passed_over: Sequence[Path]) -> None:
+    """A line on stderr for everything that the images of a folder lose, and one for the files that are no images."""
+    for line in (*changes.lines(), *([f'{folder}: {counted(passed_over)} passed over'] if passed_over else [])):
+        sys.stderr.write(f'basicsr: {line}\n')

@@ -1,6 +1,6 @@
 """From folders of photographs to LMDBs: `basicsr data build`.
 
-The records of all images are made first, one file each, by every core; then they are copied into the LMDB in one pass,
+The records of all images are made first, one file each, by every core; then they are copied into the LMDBs in one pass,
 in the order of their keys. So an interrupted build goes on where it stopped, its result is the same to the byte as that
 of an undisturbed one, and an LMDB appears under its name only when it is whole.
 """
@@ -10,8 +10,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elan_basicsr.data import raw_lmdb
-from elan_basicsr.data.images import find_images, read_bgr
+from elan_basicsr.data.images import Changes, find_images, read_bgr, say_what_is_left_out
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import UserError
 
@@ -32,7 +34,7 @@ PNG_COMPRESSION = 1  # as the toolbox writes its LMDBs
 
 def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int], lr: str | os.PathLike | None = None,
           layout: str = 'raw', prefix: str = '', compare: bool = False,
-          blur: float | None = None) -> list[Path]:
+          blur: float | None = None, failed: list[str] | None = None) -> list[Path]:
     """Make the LMDBs of HR images and of their LR images at each scale.
 
     Args:
@@ -45,31 +47,38 @@ def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int
         prefix: Put before the names of the LMDBs.
         compare: Print how many bytes of the LR images given differ from MATLAB's bicubic.
         blur: Standard deviation in pixels of a Gaussian before the bicubic; 1.6 makes the benchmark called BD.
+        failed: Takes a line for each image that cannot be used, which is then in none of the LMDBs; without it the
+            first such image is an error.
 
     Returns:
         The LMDBs, HR first. One that is already whole is left as it is.
 
     Raises:
-        UserError: An image cannot be read or does not fit, or the disk is full.
+        UserError: No image can be used, or one cannot and there is no `failed`, or the disk is full.
     """
     scales = sorted(set(scales))
     if not scales or min(scales) < 2:
         raise UserError(f'--scales {scales}: expected integers from 2')
     if layout not in LAYOUTS:
         raise UserError(f'--layout {layout}: expected raw or subimages')
-    images = find_images(hr)
+    passed_over: list[Path] = []
+    images, changes = find_images(hr, passed_over), Changes()
     multiple = math.lcm(*scales)
     suffix = 'raw' if layout == 'raw' else 'sub'
-    hr_lmdb = Path(out) / f'{prefix}HR_{suffix}.lmdb'
-    lmdbs = [write_lmdb(hr_lmdb, images, lambda path: _crop(read_bgr(path), multiple, path), layout, 1)]
+    lmdbs = [_Lmdb(Path(out) / f'{prefix}HR_{suffix}.lmdb', layout, 1,
+                   lambda path: _crop(read_bgr(path, changes), multiple, path))]
+    differing: dict[Path, list[int]] = {}
     for scale in scales:
-        differing: list[int] | None = [] if compare else None
-        source = _lr_source(images, lr, scale, len(scales), multiple, differing, blur)
         target = Path(out) / f'{prefix}LR_{"BD" if blur else "bicubic"}_X{scale}_{suffix}.lmdb'
-        lmdbs.append(write_lmdb(target, images, source, layout, scale))
-        if differing:
-            print(f'{target.name}: {sum(differing)} bytes of {len(differing)} LR images differ from our bicubic')
-    return lmdbs
+        counts = differing.setdefault(target, []) if compare else None
+        source = _lr_source(images, lr, scale, len(scales), multiple, counts, blur)
+        lmdbs.append(_Lmdb(target, layout, scale, source))
+    _write(lmdbs, images, failed)
+    for target, counts in differing.items():
+        if counts:
+            print(f'{target.name}: {sum(counts)} bytes of {len(counts)} LR images differ from our bicubic')
+    say_what_is_left_out(changes, hr, passed_over)
+    return [lmdb.target for lmdb in lmdbs]
 
 
 def degrade(img: np.ndarray, scale: int, blur: float | None = None) -> np.ndarray:
@@ -157,30 +166,73 @@ def _starts(length: int, size: int, step: int) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------- writing
 
-def write_lmdb(target: Path, images: dict[str, Path], source: Callable[[Path], np.ndarray], layout: str,
-               scale: int) -> Path:
-    """Make one LMDB of `source(path)` for every image, unless it is there."""
-    if (target / raw_lmdb.META).is_file():
-        return target
-    parts = target.parent / f'.{target.name}.parts'
+@dataclass
+class _Lmdb:
+    """An LMDB to be made of `source(path)` for every image."""
+    target: Path
+    layout: str
+    scale: int
+    source: Callable[[Path], np.ndarray]
+
+    @property
+    def parts(self) -> Path:
+        return self.target.parent / f'.{self.target.name}.parts'
+
+
+def _write(lmdbs: Sequence[_Lmdb], images: dict[str, Path], failed: list[str] | None) -> None:
+    """Make the LMDBs, unless they are there: the parts of all first, since an image must be in all of them or none."""
+    waiting = [each for each in lmdbs if not (each.target / raw_lmdb.META).is_file()]
+    bad = {key: UserError(f'{path}: is not in {each.target}, which was there; remove that to build it anew')
+           for each in lmdbs if each not in waiting for key, path in _absent(each, images).items()}
+    if bad and failed is None:
+        raise bad[min(bad)]
+    for each in waiting:
+        with _kept(each):
+            each.parts.mkdir(parents=True, exist_ok=True)
+            _make_parts(each, {key: path for key, path in images.items() if key not in bad}, bad, failed is None)
+    good = {key: path for key, path in images.items() if key not in bad}
+    if bad and not good:
+        raise bad[min(bad)]
+    if failed is not None:
+        failed += [str(bad[key]) for key in sorted(bad)]
+    for each in waiting:
+        with _kept(each):
+            _join_parts(each.parts, good, each.target)
+            shutil.rmtree(each.parts)
+
+
+def _absent(lmdb: _Lmdb, images: dict[str, Path]) -> dict[str, Path]:
+    """The images that a finished LMDB does not hold, whole or as sub-images."""
+    names = {*raw_lmdb.read_keys(lmdb.target)}
+    return {key: path for key, path in images.items() if key not in names and f'{key}_s001' not in names}
+
+
+@contextmanager
+def _kept(lmdb: _Lmdb) -> Iterator[None]:
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-        _make_parts(parts, images, source, layout, scale, target.name)
-        _join_parts(parts, images, target)
+        yield
     except OSError as error:
-        raise UserError(f'{target}: cannot be written ({error.strerror or error}); what is done is kept in {parts}, '
-                        'run the same command again to go on') from error
-    shutil.rmtree(parts)
-    return target
+        raise UserError(f'{lmdb.target}: cannot be written ({error.strerror or error}); what is done is kept in '
+                        f'{lmdb.parts}, run the same command again to go on') from error
 
 
-def _make_parts(parts: Path, images: dict[str, Path], source, layout: str, scale: int, name: str) -> None:
-    """One file of records per image, made by all cores; a file that is there is whole, because it was renamed there."""
+def _make_parts(lmdb: _Lmdb, images: dict[str, Path], bad: dict[str, UserError], strict: bool) -> None:
+    """One file of records per image, made by all cores; a file that is there is whole, because it was renamed there.
+
+    `bad` takes the errors of images that cannot be used, the first of which ends it all if `strict`.
+    """
     def make(key: str) -> None:
-        part = parts / f'{key}.part'
+        part = lmdb.parts / f'{key}.part'
         if part.exists():
             return
-        rows = list(records(key, source(images[key]), layout, scale))
+        try:
+            img = lmdb.source(images[key])
+        except UserError as error:
+            if strict:
+                raise
+            bad[key] = error
+            return
+        rows = list(records(key, img, lmdb.layout, lmdb.scale))
         temporary = part.with_suffix('.tmp')
         with open(temporary, 'wb') as file:
             head = json.dumps([[row[0], len(row[1]), row[2]] for row in rows]).encode()
@@ -191,8 +243,8 @@ def _make_parts(parts: Path, images: dict[str, Path], source, layout: str, scale
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for _ in tqdm(pool.map(make, images), desc=name, total=len(images), unit='image', dynamic_ncols=True,
-                          disable=None):
+            for _ in tqdm(pool.map(make, images), desc=lmdb.target.name, total=len(images), unit='image',
+                          dynamic_ncols=True, disable=None):
                 pass
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -14,16 +14,21 @@ import numpy as np
 from tqdm import tqdm
 
 from elan_basicsr.data import raw_lmdb
-from elan_basicsr.data.images import cut_off, find_images, read_bgr
+from elan_basicsr.data.images import Changes, decode_bgr, find_images, read_bgr, say_what_is_left_out
 from elan_basicsr.errors import UserError
 
 
 @dataclass
 class Collection:
-    """The images of one LMDB or folder: (height, width, digest of the pixels) by key, and what is wrong with it."""
+    """The images of one LMDB or folder: (height, width, digest of the pixels) by key, and what is wrong with it.
+
+    `passed_over` are a folder's files that are no images, `changes` what the pixels of its images lose.
+    """
     path: str
     images: dict[str, tuple[int, int, bytes]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    passed_over: list[Path] = field(default_factory=list)
+    changes: Changes = field(default_factory=Changes)
 
 
 def verify_path(path: str | os.PathLike) -> Collection:
@@ -36,7 +41,7 @@ def verify_path(path: str | os.PathLike) -> Collection:
     collection = Collection(str(path))
     is_lmdb = (path / 'data.mdb').exists() or path.suffix == '.lmdb'
     try:
-        readers = dict(_lmdb_readers(path, collection) if is_lmdb else _folder_readers(path))
+        readers = dict(_lmdb_readers(path, collection) if is_lmdb else _folder_readers(path, collection))
     except (lmdb.Error, OSError) as error:
         collection.problems.append(f'{path}: cannot be opened, it may be damaged or unfinished ({error})')
         return collection
@@ -53,6 +58,7 @@ def verify_path(path: str | os.PathLike) -> Collection:
             else:
                 collection.images[key] = found
     _note_duplicates(collection)
+    say_what_is_left_out(collection.changes, path, collection.passed_over)
     return collection
 
 
@@ -85,16 +91,12 @@ def _decode(record) -> np.ndarray:
     """The image in a record, raw or encoded; a copy, since the record's memory is lent."""
     if bytes(record[:4]) == raw_lmdb.MAGIC:
         return raw_lmdb.to_bgr(raw_lmdb.decode(record)).copy()
-    data = np.frombuffer(record, np.uint8)
-    img = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-    if img is None or cut_off(data):
-        raise ValueError('is no readable image')
-    return img
+    return decode_bgr(record, 'record')
 
 
-def _folder_readers(path: Path) -> Iterator[tuple]:
-    for key, file in find_images(path).items():
-        yield key, lambda file=file: read_bgr(file)
+def _folder_readers(path: Path, collection: Collection) -> Iterator[tuple]:
+    for key, file in find_images(path, collection.passed_over).items():
+        yield key, lambda file=file: read_bgr(file, collection.changes)
 
 
 def _read(reader) -> tuple[tuple[int, int, bytes] | None, str | None]:

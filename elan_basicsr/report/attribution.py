@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.data.images import read_bgr
+from elan_basicsr.data.images import eight_bit, read_bgr
 from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.report.compare import load_contenders
 from elan_basicsr.report.figures import attribution_figure
-from elan_basicsr.report.pairs import eight_bit
 
 Box = tuple[int, int, int]
 """Left, top and edge of a square in pixels."""

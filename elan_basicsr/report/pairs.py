@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from elan_basicsr.config.options import load_options
-from elan_basicsr.data.images import find_images, read_bgr
+from elan_basicsr.data.images import eight_bit, find_images, read_bgr
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.engine.run import build_checked_dataset
 from elan_basicsr.errors import UserError
@@ -83,7 +83,3 @@ def _pairs_of_dataset(options: dict, phase: str) -> Iterator[Pair]:
                             f'{hr.shape[1]}x{hr.shape[0]}; expected {scale} times the size')
         yield Pair(dataset.opt['name'], name, hr, lr)
 
-
-def eight_bit(img: np.ndarray) -> np.ndarray:
-    """The upper eight bits of an image, as the toolbox reads those of 16."""
-    return (img >> 8).astype(np.uint8) if img.dtype == np.uint16 else img

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import cv2
 import rich.box
 import torch
 from rich.console import Console
 
+from elan_basicsr.data.images import eight_bit, read_bgr
 from elan_basicsr.errors import UserError
 from elan_basicsr.report.benchmark import (
     check_files,
@@ -182,9 +181,7 @@ def grey_level_error(checkpoint: str, images: Sequence[str], device: str = 'cpu'
     net = Subject(checkpoint, SCALE).build().to(device)
     errors = []
     for file in images:
-        image = cv2.imread(str(file), cv2.IMREAD_COLOR) if Path(file).is_file() else None
-        if image is None:
-            raise UserError(f'--trained {file}: is no image that can be read')
+        image = eight_bit(read_bgr(file))
         x = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].to(device).float() / 255
         exact, rough = (inference_call(net, x, dtype)() for dtype in (torch.float32, torch.bfloat16))
         errors.append((rough.float() - exact).abs().flatten().cpu() * 255)

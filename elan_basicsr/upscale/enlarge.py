@@ -5,6 +5,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from elan_basicsr import inference
 from elan_basicsr.archs.elan_arch import ELAN
+from elan_basicsr.data.pictures import Picture
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.interop.onnx import OnnxNetwork
-from elan_basicsr.upscale.image_files import Picture
 
 OVERLAP = 16
 """Input pixels that a tile sees beyond its edges; 32 or 48 bring tiles no nearer to the whole image."""
@@ -92,7 +93,7 @@ class Enlarger:
             else:
                 colour = _cover_hidden(colour, alpha)
                 alpha = self.pixels(alpha[..., None], dtype)[..., 0]
-        return Picture(self.pixels(colour, dtype, advance), alpha, picture.icc, picture.exif, picture.dpi)
+        return replace(picture, colour=self.pixels(colour, dtype, advance), alpha=alpha)
 
     def pixels(self, pixels: np.ndarray, dtype: type, advance: Callable[[int], None] = lambda pixels: None
                ) -> np.ndarray:

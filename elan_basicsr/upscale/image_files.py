@@ -1,182 +1,41 @@
-"""Image files as a person has them: read with what belongs to the picture, written back with it.
+"""Image files written with what belongs to the picture.
 
-Pillow reads and writes 8-bit images and all metadata. It would cut 16-bit colour down to 8 bits, so those pixels go
-through OpenCV, and through tifffile into TIFF.
+Pillow writes 8-bit images and all metadata. Images of 16 bits go through OpenCV into PNG, and through tifffile into
+TIFF.
 """
 from __future__ import annotations
 
-import io
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, features
 
-from elan_basicsr.data.images import EXTENSIONS
+from elan_basicsr.data.pictures import BAD_FILE, EXIF_IFD, EXTENSIONS, GPS_IFD, ORIENTATION, Picture, one_line
 from elan_basicsr.errors import UserError
 
 READABLE = (*EXTENSIONS, '.gif')
 FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP', '.tif': 'TIFF', '.tiff': 'TIFF',
-           '.bmp': 'BMP'}
-LARGEST_EDGE = {'JPEG': 65500, 'WEBP': 16383}  # of the formats' own
+           '.bmp': 'BMP', **({'.avif': 'AVIF'} if features.check('avif') else {})}
+LARGEST_EDGE = {'JPEG': 65500, 'WEBP': 16383, 'AVIF': 65536}  # of the formats' own
 WITHOUT_ALPHA = ('JPEG', 'BMP')
 WITH_16_BITS = ('PNG', 'TIFF')
-_JPEG = {'quality': 95, 'subsampling': 0}
-_SAVE: dict[str, dict] = {'PNG': {'compress_level': 4}, 'JPEG': _JPEG, 'WEBP': {'quality': 95, 'exact': True},
-         'TIFF': {'compression': 'tiff_adobe_deflate'}, 'BMP': {}}
-_ORIENTATION, _EXIF_IFD, _GPS_IFD, _EXIF_WIDTH, _EXIF_HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
-# Description, make, model, orientation, software, date, artist, copyright.
-_TIFF_KEPT = (0x010E, 0x010F, 0x0110, _ORIENTATION, 0x0131, 0x0132, 0x013B, 0x8298)
-_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, cv2.error, KeyError, IndexError,
-             TypeError, OverflowError, Image.DecompressionBombError)
+WITH_QUALITY = ('JPEG', 'WEBP', 'AVIF')
+QUALITY, LOSSLESS = 95, 'lossless'
+_SAVE: dict[str, dict] = {'PNG': {'compress_level': 4}, 'JPEG': {'subsampling': 0}, 'WEBP': {'exact': True},
+                          'TIFF': {'compression': 'tiff_adobe_deflate'}, 'BMP': {}, 'AVIF': {'subsampling': '4:4:4'}}
+_XMP_CHUNK = b'XML:com.adobe.xmp'
+_LARGEST_XMP = {'JPEG': 65502}
+_EXIF_WIDTH, _EXIF_HEIGHT = 0xA002, 0xA003
+_XMP_TAG = 700
 
-
-@dataclass
-class Picture:
-    """An image as its file stores it: pixels unturned, the orientation in `exif`; those of a TIFF are turned upright.
-
-    `colour` is (H, W, 3) RGB or (H, W, 1) grey, uint8 or uint16; `alpha` (H, W) of the same type, or None; `icc` the
-    colour profile's bytes; `dpi` the resolution.
-    """
-    colour: np.ndarray
-    alpha: np.ndarray | None = None
-    icc: bytes | None = None
-    exif: Image.Exif = field(default_factory=Image.Exif)
-    dpi: tuple[float, float] | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Width and height from a file's header; (0, 0) if it cannot be read, which `read_picture` then explains."""
-    try:
-        with _unbounded(), Image.open(path) as image:
-            return image.size
-    except _BAD_FILE:
-        return 0, 0
-
-
-def read_picture(path: Path, max_pixels: int) -> Picture:
-    """Read an image whole.
-
-    Palettes become colours, and CMYK becomes sRGB by its profile, which has then served.
-
-    Raises:
-        UserError: The file is missing, empty, cut off or no image; it has several frames or pages, more than
-            `max_pixels` pixels, or a type of pixels other than 8 and 16 bit; nothing large was allocated for it.
-    """
-    try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f'{path}: is empty')
-        with _unbounded(), Image.open(path) as image:
-            _check_header(image, path, max_pixels)
-            is_16_bit, exif = _is_16_bit(image), _exif(image)
-            image.load()  # of a 16-bit file as well: OpenCV would fill up one that is cut off
-            icc, dpi = image.info.get('icc_profile'), _dpi(image)
-            if image.format == 'TIFF':
-                exif.pop(_ORIENTATION, None)  # Pillow has turned the pixels, as OpenCV does
-            if is_16_bit:
-                colour, alpha = _read_16_bit(path)
-            else:
-                plain, icc = _to_plain_mode(image, icc)
-                pixels = np.asarray(plain)
-                pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-                count = len(plain.getbands()) - plain.mode.endswith('A')
-                colour, alpha = pixels[..., :count], pixels[..., count] if plain.mode.endswith('A') else None
-    except _BAD_FILE as error:
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f'{path}: no such file') from None
-        raise UserError(f'{path}: is no readable image, it may be cut off or damaged ({_one_line(error, path)})'
-                        ) from None
-    return Picture(colour, alpha, icc, exif, dpi)
-
-
-@contextmanager
-def _unbounded() -> Iterator[None]:
-    """Without Pillow's own bound on pixels, in whose place `max_pixels` stands."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-def _check_header(image: ImageFile.ImageFile, path: Path, max_pixels: int) -> None:
-    w, h = image.size
-    if w * h > max_pixels:
-        raise UserError(f'{path}: has {w}x{h} pixels, more than --max-pixels {max_pixels}; raise it if there is memory')
-    # The further frames of a phone's MPO are previews and gain maps; the first is the photograph.
-    frames = getattr(image, 'n_frames', 1) if image.format != 'MPO' else 1
-    if frames > 1:
-        raise UserError(f'{path}: has {frames} frames or pages, expected one; split it, or make it a video')
-    if image.mode == 'F' or (image.mode == 'I' and not _is_16_bit(image)):
-        raise UserError(f'{path}: has 32-bit pixels, expected 8 or 16 bit; convert it first')
-
-
-def _is_16_bit(image: ImageFile.ImageFile) -> bool:
-    """Of an image not yet loaded. Pillow opens 16-bit colour as 8-bit; the decoder's argument, RGB;16B, tells."""
-    return any(';16' in str(tile[3]) for tile in image.tile)
-
-
-def _exif(image: Image.Image) -> Image.Exif:
-    """A copy of the EXIF data of an image not yet loaded: camera and position as dicts, without the thumbnail."""
-    exif, kept = image.getexif(), Image.Exif()
-    for tag, value in exif.items():
-        if tag in _TIFF_KEPT or image.format != 'TIFF':  # whose EXIF tags stand among those of its layout
-            kept[tag] = value
-    for tag in (_EXIF_IFD, _GPS_IFD):
-        if details := dict(exif.get_ifd(tag)):
-            kept[tag] = details
-        elif tag in kept:
-            del kept[tag]
-    return kept
-
-
-def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    x, y = map(float, image.info.get('dpi') or (0, 0))
-    return (x, y) if x > 0 and y > 0 else None
-
-
-def _read_16_bit(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None or pixels.dtype != np.uint16:
-        raise UserError(f'{path}: is no 16-bit image that OpenCV reads; convert it to a 16-bit PNG first')
-    if pixels.ndim == 2:
-        return pixels[..., None], None
-    alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
-    colour = pixels[..., 2::-1]
-    grey_with_alpha = alpha is not None and (colour[..., :1] == colour).all()  # which OpenCV reads as colour
-    return (colour[..., :1] if grey_with_alpha else colour), alpha
-
-
-def _to_plain_mode(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """The image as L, LA, RGB or RGBA, and the profile that holds for it."""
-    if image.mode == 'CMYK':
-        return _cmyk_to_srgb(image, icc), None
-    if image.mode in ('RGBa', 'La', 'PA') or 'transparency' in image.info:
-        return image.convert('LA' if image.mode in ('L', 'La', '1') else 'RGBA'), icc
-    if image.mode not in ('L', 'LA', 'RGB', 'RGBA'):
-        return image.convert('L' if image.mode == '1' else 'RGB'), icc
-    return image, icc
-
-
-def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
-    converted = None
-    if icc:
-        with suppress(ImageCms.PyCMSError):  # a damaged profile: the plain conversion shows the picture still
-            converted = ImageCms.profileToProfile(image, io.BytesIO(icc), ImageCms.createProfile('sRGB'),
-                                                  outputMode='RGB')
-    return converted or image.convert('RGB')
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
 
 def check_target(path: Path, size: tuple[int, int], has_alpha: bool) -> None:
     """Raise UserError if the format of `path` cannot hold an image of this (width, height)."""
@@ -193,10 +52,35 @@ def holds_16_bits(path: Path) -> bool:
     return FORMATS[path.suffix.lower()] in WITH_16_BITS
 
 
-def write_picture(picture: Picture, path: Path) -> None:
+def lost(picture: Picture, path: Path) -> list[str]:
+    """What belongs to an image that was read, and is not in a file of that suffix, in words."""
+    kind = FORMATS[path.suffix.lower()]
+    told = [*picture.changes, *picture.left_out]
+    details = [name for tag, name in ((EXIF_IFD, 'EXIF'), (GPS_IFD, 'GPS')) if tag in picture.exif]
+    if picture.colour.dtype == np.uint16:
+        if kind not in WITH_16_BITS:
+            told.append(f'16 bits become 8, since {kind} holds no more')
+        elif kind == 'TIFF' and details:
+            told.append(f'{" and ".join(details)} data is left out of a 16-bit TIFF')
+    if kind == 'BMP':
+        kept = {'the colour profile': picture.icc, 'EXIF data': set(picture.exif) - {ORIENTATION}, 'XMP': picture.xmp}
+        told += [f'{name} is left out, which BMP does not hold' for name, value in kept.items() if value]
+    elif picture.xmp and not _holds_xmp(picture, kind):
+        told.append(f'XMP is left out, which is too long for {kind}')
+    if kind != 'PNG':
+        told += picture.colour_label
+    return told
+
+
+def _holds_xmp(picture: Picture, kind: str) -> bool:
+    return bool(picture.xmp) and kind != 'BMP' and len(picture.xmp or b'') <= _LARGEST_XMP.get(kind, 2**31)
+
+
+def write_picture(picture: Picture, path: Path, quality: int | str = QUALITY) -> None:
     """Write an image in the format of the path's suffix, whole or not at all.
 
-    JPEG and WebP have quality 95, JPEG without chroma subsampling. BMP holds no orientation: the pixels are turned.
+    JPEG, WebP and AVIF have the `quality` of 1 to 100, without chroma subsampling in JPEG and AVIF; `lossless` is for
+    WebP. BMP holds no orientation: the pixels are turned.
 
     Raises:
         UserError: The file cannot be written.
@@ -207,9 +91,9 @@ def write_picture(picture: Picture, path: Path) -> None:
             if picture.colour.dtype == np.uint16:
                 (_write_png16 if kind == 'PNG' else _write_tiff16)(picture, temporary)
             else:
-                _write_8_bit(picture, temporary, kind)
+                _write_8_bit(picture, temporary, kind, quality)
     except (OSError, cv2.error, ValueError) as error:
-        raise UserError(f'{path}: cannot be written ({_one_line(error, path)})') from None
+        raise UserError(f'{path}: cannot be written ({one_line(error, path)})') from None
 
 
 @contextmanager
@@ -226,16 +110,26 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_8_bit(picture: Picture, path: Path, kind: str) -> None:
+def _write_8_bit(picture: Picture, path: Path, kind: str, quality: int | str) -> None:
     image = Image.fromarray(_pixels(picture))
     if kind == 'BMP':
-        image.getexif()[_ORIENTATION] = picture.exif.get(_ORIENTATION, 1)
+        image.getexif()[ORIENTATION] = picture.exif.get(ORIENTATION, 1)
         ImageOps.exif_transpose(image, in_place=True)
         image.save(path, kind, **({'dpi': picture.dpi} if picture.dpi else {}))
         return
-    keep = {'icc_profile': picture.icc, 'dpi': picture.dpi, 'exif': _exif_bytes(picture)}
+    keep: dict[str, object] = {'icc_profile': picture.icc, 'dpi': picture.dpi, 'exif': _exif_bytes(picture, kind)}
     options = _SAVE[kind]
-    if kind == 'TIFF' and (_EXIF_IFD in picture.exif or _GPS_IFD in picture.exif):
+    if kind in WITH_QUALITY:
+        options = {**options, **({'lossless': True} if quality == LOSSLESS else {'quality': quality})}
+    if kind == 'PNG':
+        keep['pnginfo'] = chunks = PngImagePlugin.PngInfo()
+        for name, content in picture.chunks.items():
+            chunks.add(name, content)
+        if picture.xmp:
+            chunks.add_itxt(_XMP_CHUNK.decode(), picture.xmp.decode(errors='replace'))
+    elif _holds_xmp(picture, kind):
+        keep['xmp'] = picture.xmp
+    if kind == 'TIFF' and (EXIF_IFD in picture.exif or GPS_IFD in picture.exif):
         options = {}  # with compression libtiff writes the file, which refuses nested tags
     image.save(path, kind, **options, **{name: value for name, value in keep.items() if value})
 
@@ -247,19 +141,21 @@ def _pixels(picture: Picture) -> np.ndarray:
     return picture.colour[..., 0] if picture.colour.shape[2] == 1 else picture.colour
 
 
-def _exif_bytes(picture: Picture) -> bytes:
-    """The EXIF data with the present size; empty if there is none."""
+def _exif_bytes(picture: Picture, kind: str) -> bytes:
+    """The EXIF data with the present size, in a TIFF with XMP; empty if there is none."""
+    if kind == 'TIFF' and picture.xmp:
+        picture.exif[_XMP_TAG] = picture.xmp
     if not len(picture.exif):
         return b''
     try:
-        details = picture.exif.get(_EXIF_IFD, {})
+        details = picture.exif.get(EXIF_IFD, {})
         for tag, value in ((_EXIF_WIDTH, picture.colour.shape[1]), (_EXIF_HEIGHT, picture.colour.shape[0])):
             if tag in details:
                 details[tag] = value
         return picture.exif.tobytes()
-    except _BAD_FILE:  # cameras write entries that cannot be written again; how the picture lies matters most
+    except BAD_FILE:  # cameras write entries that cannot be written again; how the picture lies matters most
         plain = Image.Exif()
-        plain[_ORIENTATION] = picture.exif.get(_ORIENTATION, 1)
+        plain[ORIENTATION] = picture.exif.get(ORIENTATION, 1)
         return plain.tobytes()
 
 
@@ -278,9 +174,14 @@ def _write_png16(picture: Picture, path: Path) -> None:
         file.write(data[:start].tobytes())
         if picture.icc:
             file.write(_chunk(b'iCCP', b'ICC Profile\0\0' + zlib.compress(picture.icc)))
+        for name, content in picture.chunks.items():
+            if not (picture.icc and name == b'sRGB'):
+                file.write(_chunk(name, content))
+        if picture.xmp:
+            file.write(_chunk(b'iTXt', _XMP_CHUNK + bytes(5) + picture.xmp))
         if picture.dpi:
             file.write(_chunk(b'pHYs', struct.pack('>IIB', *(round(value / 0.0254) for value in picture.dpi), 1)))
-        if exif := _exif_bytes(picture):
+        if exif := _exif_bytes(picture, 'PNG'):
             file.write(_chunk(b'eXIf', exif.removeprefix(b'Exif\0\0')))
         file.write(data[start:].data)
 
@@ -292,18 +193,15 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 def _write_tiff16(picture: Picture, path: Path) -> None:
     pixels = _pixels(picture)
-    turned = picture.exif.get(_ORIENTATION)  # of a PNG or JPEG
+    tags: list[tuple] = [(tag, 's', 0, value, True) for tag, value in picture.exif.items() if isinstance(value, str)]
+    if turned := picture.exif.get(ORIENTATION):  # of a PNG or JPEG
+        tags.append((ORIENTATION, 'H', 1, turned, True))
+    if picture.xmp:
+        tags.append((_XMP_TAG, 'B', len(picture.xmp), picture.xmp, True))
     tifffile.imwrite(
         path, pixels, compression='zlib', predictor=True, metadata=None, iccprofile=picture.icc,
         photometric='rgb' if picture.colour.shape[2] == 3 else 'minisblack', planarconfig='contig',
         extrasamples=['unassalpha'] if picture.alpha is not None else None,
         resolution=picture.dpi, resolutionunit='INCH' if picture.dpi else None,
-        extratags=[(_ORIENTATION, 'H', 1, turned, True)] if turned else ())
+        extratags=tags)
 
-
-def _one_line(error: BaseException, path: Path) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return 'of no known format'
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = ' '.join(text.replace(repr(str(path)), 'it').split())
-    return (text[:120] + '…' if len(text) > 120 else text) or type(error).__name__

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elan_basicsr.data.images import walk_files
+from elan_basicsr.data.images import counted, walk_files
 from elan_basicsr.errors import UserError
 from elan_basicsr.upscale.image_files import FORMATS, READABLE
 
@@ -25,8 +25,8 @@ class Job:
         return self.source.suffix.lower() in VIDEOS
 
 
-def plan(inputs: Sequence[str], out: str, format_: str | None = None) -> list[Job]:
-    """One job per file, in the order of the inputs.
+def plan(inputs: Sequence[str], out: str, format_: str | None = None) -> tuple[list[Job], list[Path]]:
+    """One job per file, in the order of the inputs, and the files that folders and patterns hold beside them.
 
     Args:
         inputs: Files, folders (searched for images, recursively) and glob patterns, for shells that do not expand them.
@@ -40,7 +40,8 @@ def plan(inputs: Sequence[str], out: str, format_: str | None = None) -> list[Jo
     if not inputs:
         raise UserError('upscale: nothing to enlarge; expected files or folders')
     out_path = Path(out)
-    found = [pair for name in inputs for pair in _expand(name, out_path)]
+    passed_over: list[Path] = []
+    found = [pair for name in inputs for pair in _expand(name, out_path, passed_over)]
     found = list(dict.fromkeys(found))  # the same file named twice is one job
     if _names_a_file(out_path):
         if len(found) > 1:
@@ -53,18 +54,18 @@ def plan(inputs: Sequence[str], out: str, format_: str | None = None) -> list[Jo
         jobs = [Job(source, out_path / _renamed(relative, format_)) for source, relative in found]
     _check(jobs)
     _check_folder(out_path.parent if _names_a_file(out_path) else out_path)
-    return jobs
+    return jobs, sorted({*passed_over} - {job.source for job in jobs})
 
 
 def _names_a_file(out: Path) -> bool:
     return out.suffix.lower() in (*FORMATS, *VIDEOS) and not out.is_dir()
 
 
-def _expand(name: str, out: Path) -> Iterator[tuple[Path, Path]]:
+def _expand(name: str, out: Path, passed_over: list[Path]) -> Iterator[tuple[Path, Path]]:
     """Every file an input stands for, with its path below the output folder."""
     path = Path(name)
     if path.is_dir():
-        yield from _in_folder(path, out)
+        yield from _in_folder(path, out, passed_over)
     elif path.exists():
         yield path, Path(path.name)
     elif glob.has_magic(name):
@@ -77,16 +78,21 @@ def _expand(name: str, out: Path) -> Iterator[tuple[Path, Path]]:
         for match in files:
             if match.suffix.lower() in (*READABLE, *VIDEOS):
                 yield match, match.relative_to(fixed)
+            else:
+                passed_over.append(match)
     else:
         raise UserError(f'{name}: no such file or folder')
 
 
-def _in_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
-    images = sorted(path for path in walk_files(folder)
-                    if path.suffix.lower() in READABLE and not path.name.startswith('.')
-                    and not _is_result(path, out, folder))
+def _in_folder(folder: Path, out: Path, passed_over: list[Path]) -> Iterator[tuple[Path, Path]]:
+    files = [path for path in walk_files(folder)
+             if not path.name.startswith('.') and not _is_result(path, out, folder)]
+    images = sorted(path for path in files if path.suffix.lower() in READABLE)
+    others = [path for path in files if path.suffix.lower() not in READABLE]
     if not images:
-        raise UserError(f'{folder}: holds no images ({", ".join(READABLE)})')
+        raise UserError(f'{folder}: holds no images ({", ".join(READABLE)})'
+                        + (f', but {counted(others)}' if others else ''))
+    passed_over += others
     for path in images:
         yield path, path.relative_to(folder)
 

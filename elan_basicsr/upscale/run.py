@@ -1,10 +1,12 @@
 """`basicsr upscale`: files in, larger files out; what cannot be read is reported, and the rest goes on."""
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from elan_basicsr.data.images import Changes, counted
+from elan_basicsr.data.pictures import Picture, read_picture, read_size
 from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.inference import too_large
 from elan_basicsr.interop.networks import load_network
@@ -29,11 +33,12 @@ from elan_basicsr.upscale import video
 from elan_basicsr.upscale.enlarge import DTYPES, LEAST_SCALE, Enlarger
 from elan_basicsr.upscale.image_files import (
     FORMATS,
-    Picture,
+    LOSSLESS,
+    QUALITY,
+    WITH_QUALITY,
     check_target,
     holds_16_bits,
-    read_picture,
-    read_size,
+    lost,
     write_picture,
 )
 from elan_basicsr.upscale.plan import Job, plan
@@ -49,7 +54,7 @@ _LARGE = 2**27  # bytes of a result beyond which the next image waits until it i
 def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: float | None = None,
             format_: str | None = None, tile: int | None = None, tile_overlap: int | None = None,
             self_ensemble: bool = False, dtype: str = 'float32', device: str | None = None,
-            max_pixels: int = MAX_PIXELS, overwrite: bool = False) -> int:
+            max_pixels: int = MAX_PIXELS, quality: str | None = None, overwrite: bool = False) -> int:
     """Enlarge images and videos.
 
     Args:
@@ -58,6 +63,7 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
         scale, tile, tile_overlap, self_ensemble, dtype: See `enlarge.Enlarger`.
         device: Such as `cuda:0` or `cpu`; the best there is when None.
         max_pixels: Largest input, checked from its header.
+        quality: Of JPEG, WebP and AVIF, 1 to 100; or `lossless`, which WebP can be.
         overwrite: Whether to make outputs anew that are there; they are left alone otherwise.
 
     Returns:
@@ -71,15 +77,18 @@ def upscale(inputs: Sequence[str], *, out: str, weights: str | None, scale: floa
     if weights is None:
         scale = SCALE if scale is None else scale
         weights = fitting(scale)
-    jobs = plan(inputs, out, format_)
+    jobs, passed_over = plan(inputs, out, format_)
+    how_well = _quality(quality, jobs)
     waiting = [job for job in jobs if overwrite or not job.target.exists()]
-    report = _Report(len(jobs), there=len(jobs) - len(waiting))
+    report = _Report(len(jobs), there=len(jobs) - len(waiting), passed_over=passed_over)
     if waiting:
         where = _device(device)
         enlarger = Enlarger(load_network(weights, where), device=where, dtype=dtype, tile=tile, overlap=tile_overlap,
                             self_ensemble=self_ensemble, scale=scale)
         with _progress() as progress:
-            _Run(enlarger, progress, report, max_pixels).all(waiting)
+            _Run(enlarger, progress, report, max_pixels, how_well).all(waiting)
+    for line in report.changes.lines():
+        sys.stderr.write(f'basicsr: {line}\n')
     print(report.summary(out))
     return EXIT_SOME_FAILED if report.failed else 0
 
@@ -95,6 +104,24 @@ def _check_arguments(scale, format_, tile, tile_overlap, dtype, max_pixels) -> N
         raise UserError(f'--format {format_}: expected {", ".join(name[1:] for name in FORMATS)}')
     if dtype not in DTYPES:
         raise UserError(f'--dtype {dtype}: expected {", ".join(DTYPES)}')
+
+
+def _quality(given: str | None, jobs: Sequence[Job]) -> int | str:
+    """The quality for `write_picture`; raise UserError for one that no output, or not every output, can have."""
+    if given is None:
+        return QUALITY
+    kinds = {FORMATS[job.target.suffix.lower()]: job for job in jobs if not job.is_video}
+    if given == LOSSLESS:
+        lossy = next((job for kind, job in kinds.items() if kind in WITH_QUALITY and kind != 'WEBP'), None)
+        if lossy:
+            raise UserError(f'--quality {LOSSLESS}: {lossy.target} cannot be; expected WebP, PNG, TIFF or BMP, such as '
+                            'by --format webp')
+        return LOSSLESS
+    if not given.isdecimal() or not 1 <= int(given) <= 100:
+        raise UserError(f'--quality {given}: expected 1 to 100, or {LOSSLESS} for WebP')
+    if not any(kind in WITH_QUALITY for kind in kinds):
+        raise UserError(f'--quality {given}: no output is JPEG, WebP or AVIF; leave it out, or add --format webp')
+    return int(given)
 
 
 def _device(name: str | None) -> torch.device:
@@ -113,6 +140,8 @@ def _device(name: str | None) -> torch.device:
 class _Report:
     jobs: int
     there: int
+    passed_over: list[Path] = field(default_factory=list)
+    changes: Changes = field(default_factory=Changes)
     done: int = 0
     failed: int = 0
     pixels: int = 0  # of the results
@@ -127,14 +156,15 @@ class _Report:
             text += f'; {self.there} already there (--overwrite makes them anew)'
         if self.failed:
             text += f'; {self.failed} failed'
-        return text
+        return text + (f'; {counted(self.passed_over)} passed over' if self.passed_over else '')
 
 
 class _Run:
     """The way of the files: one thread reads the next image and one writes the last while the network works."""
 
-    def __init__(self, enlarger: Enlarger, progress: Progress, report: _Report, max_pixels: int):
+    def __init__(self, enlarger: Enlarger, progress: Progress, report: _Report, max_pixels: int, quality: int | str):
         self.enlarger, self.progress, self.report, self.max_pixels = enlarger, progress, report, max_pixels
+        self.quality = quality
         self.area = float(enlarger.scale) ** 2
         enlarger.say = self._say
 
@@ -170,6 +200,7 @@ class _Run:
             return writing
         height, width = picture.colour.shape[:2]
         check_target(job.target, self.enlarger.size(width, height), picture.alpha is not None)
+        self.report.changes.note(job.source, lost(picture, job.target))
         dtype = picture.colour.dtype.type if holds_16_bits(job.target) else np.uint8
         result = self.enlarger.picture(picture, dtype, self._advance)
         if writing is not None:
@@ -184,7 +215,7 @@ class _Run:
 
     def _write(self, picture: Picture, job: Job) -> None:
         try:
-            write_picture(picture, job.target)
+            write_picture(picture, job.target, self.quality)
         except UserError as error:
             self._fail(error)
         else:

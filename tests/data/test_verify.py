@@ -111,5 +111,5 @@ def test_an_archive_writes_nothing_outside_of_its_folder(tmp_path, monkeypatch, 
         archive.addfile(link)
         archive.add('a.png', 'Set5/HR/through.png')
     assert main(['data', 'benchmark', 'all.tar']) == 2
-    assert 'Set5/HR/through.png: is no readable image' in capsys.readouterr().err
+    assert 'Set5/HR/through.png: is empty' in capsys.readouterr().err
     assert sorted(os.listdir()) == ['a.png', 'all.tar', 'datasets'] and not (tmp_path.parent / 'outside.png').exists()

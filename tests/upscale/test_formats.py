@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from elan_basicsr.checkpoint import load_elan
+from elan_basicsr.data.pictures import Picture
 from elan_basicsr.data.resize import imresize
-from elan_basicsr.upscale.image_files import Picture, write_picture
+from elan_basicsr.upscale.image_files import write_picture
 from tests.upscale.conftest import WEIGHTS
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
