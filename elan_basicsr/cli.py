@@ -6,7 +6,9 @@ inside the calls, so that `basicsr --help` answers without loading torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import os
 import re
 import sys
@@ -490,10 +492,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _named_value(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition('=')
-    try:
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43') from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(value)):
+            return name, float(value)
+    raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43')
 
 
 def _add_weights(commands) -> None:

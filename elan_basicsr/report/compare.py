@@ -32,7 +32,16 @@ from elan_basicsr.interop.networks import Network, load_network, load_option_fil
 from elan_basicsr.report import figures
 from elan_basicsr.report.complexity import count
 from elan_basicsr.report.html import Picture, show, write_html
-from elan_basicsr.report.measure import METRICS, all_differences, mean, measure, perceptual_metrics
+from elan_basicsr.report.measure import (
+    METRICS,
+    all_differences,
+    left_out,
+    mean,
+    measure,
+    perceptual_metrics,
+    told,
+    without,
+)
 from elan_basicsr.report.pairs import Pair, read_pairs
 from elan_basicsr.report.timing import Timing, inference_call, time_interleaved
 from elan_basicsr.report.training_log import Curves, read_run
@@ -105,12 +114,14 @@ def compare(files: Sequence[str], *, out: str | os.PathLike, data: Sequence[str]
     _check_choice(pairs, images, crop)
     perceptual, notes = perceptual_metrics(device)
     rows = list(_restore_and_measure(contenders, pairs, scale, device, tile, perceptual, out))
+    left = left_out(rows)
+    same = without(rows, left)
     result = {
         'version': __version__, 'scale': scale, 'crop_border': scale, 'device': device, 'cost_note': COST_NOTE,
-        'threads': torch.get_num_threads(), 'notes': notes,
+        'threads': torch.get_num_threads(), 'notes': [*notes, *map(told, left)],
         'networks': costs(contenders, scale, device),
-        'images': rows, 'means': _means(rows), 'differences': all_differences(
-            rows, [contender.name for contender in contenders], DIFFERENCES_OF),
+        'images': rows, 'means': _means(same), 'left_out': left, 'differences': all_differences(
+            same, [contender.name for contender in contenders], DIFFERENCES_OF),
     }
     _write_tables(result, out)
     pictures = _draw_strips(_shown(pairs, rows, images), contenders, crop, out)
@@ -308,7 +319,8 @@ def _write_tables(result: dict, out: Path) -> None:
     rows = result['images']
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / 'comparison.json').write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        (out / 'comparison.json').write_text(json.dumps(
+            result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
         with open(out / 'per_image.csv', 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
