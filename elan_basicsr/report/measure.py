@@ -145,8 +145,8 @@ def told(left: Mapping) -> str:
     names = [f'{image} ({", ".join(networks)})' for image, networks in left['images'].items()]
     more = f' and {len(names) - NAMED} more' if len(names) > NAMED else ''
     metric = METRICS[left['metric']]
-    return (f'{metric.label} on {left["dataset"]}: {len(names)} of {left["of"]} images count for no network, since some '
-            f'have no value there: {", ".join(names[:NAMED])}{more}; {metric.absent}.')
+    return (f'{metric.label} on {left["dataset"]}: {len(names)} of {left["of"]} images count for no network, since '
+            f'some have no value there: {", ".join(names[:NAMED])}{more}; {metric.absent}.')
 
 
 def mean(values: Sequence[float | None]) -> float | None:
