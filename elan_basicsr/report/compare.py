@@ -31,7 +31,7 @@ from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network, load_network, load_option_file
 from elan_basicsr.report import figures
 from elan_basicsr.report.complexity import count
-from elan_basicsr.report.html import Picture, show, write_html
+from elan_basicsr.report.html import ODD_NAMES, Picture, show, write_html
 from elan_basicsr.report.measure import (
     METRICS,
     all_differences,
@@ -232,8 +232,9 @@ def _restore_and_measure(contenders: Sequence[Contender], pairs: Sequence[Pair],
     for pair, contender in tqdm(work, unit='image', disable=not on_terminal(), leave=False):
         restored = contender.restore(pair.lr, scale, device, tile)
         if restored.shape != pair.hr.shape:
-            raise UserError(f'{pair.name}: {contender.name} gives {restored.shape[1]}x{restored.shape[0]} pixels, HR '
-                            f'has {pair.hr.shape[1]}x{pair.hr.shape[0]}')
+            raise UserError(f'{pair.dataset}: image {pair.name}: {contender.name} gives {restored.shape[1]}x'
+                            f'{restored.shape[0]} pixels, HR has {pair.hr.shape[1]}x{pair.hr.shape[0]}; expected LR '
+                            f'images of 1/{scale} of the size')
         _write_image(image_path(out, pair, contender), restored)
         yield {'dataset': pair.dataset, 'image': pair.name, 'network': contender.name,
                **measure(restored, pair.hr, border=scale, perceptual=perceptual)}
@@ -320,8 +321,8 @@ def _write_tables(result: dict, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / 'comparison.json').write_text(json.dumps(
-            result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
-        with open(out / 'per_image.csv', 'w', newline='', encoding='utf-8') as file:
+            result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8', errors=ODD_NAMES)
+        with open(out / 'per_image.csv', 'w', newline='', encoding='utf-8', errors=ODD_NAMES) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

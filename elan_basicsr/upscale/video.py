@@ -103,7 +103,8 @@ def _frames(found: Probe, dtype: type, changes: list[str]) -> Iterator[np.ndarra
         progress = Path(folder, 'progress')
         decoder = subprocess.Popen(
             ['ffmpeg', '-v', 'error', '-nostdin', '-progress', f'file:{progress}', '-i', f'file:{found.path}',
-             '-map', '0:V:0', '-r', str(found.rate), '-vf', f'{deinterlaced}scale=in_color_matrix={found.matrix}:{_EXACT}',
+             '-map', '0:V:0', '-r', str(found.rate), '-vf',
+             f'{deinterlaced}scale=in_color_matrix={found.matrix}:{_EXACT}',
              '-f', 'image2pipe', '-c:v', 'ppm', '-pix_fmt', 'rgb48be' if deep else 'rgb24', '-'],
             stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL)
         assert decoder.stdout is not None  # it is a pipe

@@ -71,8 +71,9 @@ def doubled(source, target):
 def frames(name):
     """All frames, (N, H, W, 3) RGB of 16 bit, as players show them."""
     stream = streams(name)[0]
-    raw = subprocess.run(['ffmpeg', '-v', 'error', '-i', str(name), '-map', '0:V:0', '-f', 'rawvideo', '-pix_fmt',
-                          'rgb48le', '-'], check=True, capture_output=True).stdout
+    raw = subprocess.run(['ffmpeg', '-v', 'error', '-i', str(name), '-map', '0:V:0', '-vf',
+                          'scale=flags=bicubic+accurate_rnd+full_chroma_int', '-f', 'rawvideo', '-pix_fmt', 'rgb48le',
+                          '-'], check=True, capture_output=True).stdout
     return np.frombuffer(raw, '<u2').reshape(-1, stream['height'], stream['width'], 3)
 
 
