@@ -21,7 +21,7 @@ from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.report.compare import load_contenders
-from elan_basicsr.report.figures import attribution_figure
+from elan_basicsr.report.figures import attribution_figure, check_name
 from elan_basicsr.report.pairs import eight_bit
 
 Box = tuple[int, int, int]
@@ -203,7 +203,7 @@ def explain(image: str | os.PathLike, weights: Sequence[str], *, out: str | os.P
     if out.exists() and not overwrite:
         raise UserError(f'{out}: is there already, and nothing is overwritten unasked; choose another with -o, or give '
                         '--overwrite')
-    figures.check_name(out)
+    check_name(out)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     rgb = eight_bit(read_bgr(image))[..., ::-1].astype(np.float32) / 255
     contenders = load_contenders(weights, device)
