@@ -159,7 +159,8 @@ def _write_atomic(write: Callable[[IO[bytes]], object], path: str | os.PathLike)
     except (OSError, RuntimeError) as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(f'{path}: cannot be saved: {_one_line(error)}; what was saved before is intact') from error
+        reason = getattr(error, 'strerror', None) or _one_line(error)
+        raise UserError(f'{path}: cannot be saved: {reason}; what was saved before is intact') from error
     _sync_folder(path.parent)
     return digest
 

@@ -6,13 +6,17 @@ inside the calls, so that `basicsr --help` answers without loading torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
+import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from elan_basicsr.errors import RunLost, UserError
+from elan_basicsr.errors import RunLost, UserError, outside
 from elan_basicsr.version import __version__
 
 EXIT_RUN_LOST = EXIT_SOME_FAILED = 1
@@ -24,17 +28,35 @@ EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and name the nearest command or option."""
 
+    def parse_args(self, args=None, namespace=None):
+        """argparse blames the whole program for what one of its commands does not know; this the command."""
+        words = sys.argv[1:] if args is None else list(args)
+        found, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            _chosen(self, words).error(f'unrecognized arguments: {" ".join(unknown)}')
+        return found
+
     def error(self, message: str):
         sys.stderr.write(f'basicsr: error: {message}{self._suggestion(message)}; see `{self.prog} --help`\n')
         sys.exit(EXIT_USER_ERROR)
 
     def _suggestion(self, message: str) -> str:
         known = list(_names(self))
-        for word in re.findall(r'[\w-]+', message):
+        for word in re.findall(r'[\w-]{3,}', message):
             near = difflib.get_close_matches(word, known, n=1)
             if near and near[0] != word:
                 return f'; did you mean {near[0]}?'
         return ''
+
+
+def _chosen(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that was typed."""
+    for word in words:
+        for action in parser._actions:
+            if isinstance(action.choices, dict) and word in action.choices:
+                parser = action.choices[word]
+                break
+    return parser
 
 
 def _actions(parser: argparse.ArgumentParser):
@@ -75,7 +97,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--force_yml', nargs='+', action='extend', default=[], metavar='KEY:SUB=VALUE',
                         help="BasicSR's form of --set, for keys that exist")
     _add_import(parser)
-    # torch.distributed.launch passed this; torchrun puts it in the environment, where it is read from.
+    _add_local_rank(parser)
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """What torch.distributed.launch passes, after a script's name or a module's; the environment says it as well."""
     parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
 
 
@@ -501,10 +527,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _named_value(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition('=')
-    try:
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43') from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(value)):
+            return name, float(value)
+    raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE such as ELAN-light=32.43')
 
 
 def _add_weights(commands) -> None:
@@ -535,6 +561,7 @@ def build_parser() -> argparse.ArgumentParser:
                      description='Train, test and use ELAN and the other networks of BasicSR.',
                      epilog='example:\n  basicsr train -opt options/train_ELAN_x4.yml')
     parser.add_argument('--version', action='version', version=f'elan-basicsr {__version__}')
+    _add_local_rank(parser)  # before the command where that follows `-m elan_basicsr`
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
     for add in ADD_COMMANDS:
         add(commands)
@@ -544,9 +571,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
     """Run the command line and return the exit code: 0, 2 for the user's mistakes, 130 when interrupted.
 
-    `prepare` is called before a command that needs the package to be imported whole.
+    `prepare` is called before a command that needs the package to be imported whole. What the disk, the network or
+    another package fails with is one line as well; with ELAN_TRACEBACK set its traceback comes before it.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name of a file may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     args = build_parser().parse_args(argv)
+    vars(args).pop('local_rank', None)
     try:
         if not getattr(args, 'light', False):
             prepare()
@@ -565,3 +597,22 @@ def main(argv: Sequence[str] | None = None, prepare: Callable[[], None] = lambda
     except BrokenPipeError:  # such as of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail in its last flush
         return EXIT_PIPE_CLOSED
+    except Exception as error:
+        line = outside(error) or _out_of_memory(error)
+        if line is None:
+            raise
+        if os.environ.get('ELAN_TRACEBACK'):
+            traceback.print_exc()
+        sys.stderr.write(f'basicsr: error: {UserError(line)}\n')
+        return EXIT_USER_ERROR
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """The line for torch's error where memory did not suffice."""
+    if 'torch' in sys.modules:
+        from elan_basicsr.inference import too_large
+        if too_large(error):
+            return ('there is not enough memory on the device; for less at once: a smaller batch_size_per_gpu or '
+                    'gt_size, train.accumulate or network_g.use_checkpoint in training, val.tile or --tile for images, '
+                    f'or close other programs ({str(error).splitlines()[0][:160]})')
+    return None

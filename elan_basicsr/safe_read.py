@@ -51,6 +51,16 @@ _EMPTY = {'EMPTY_TUPLE': 'tuple', 'EMPTY_LIST': 'list', 'EMPTY_DICT': 'dict'}
 _TAKEN = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'BUILD': 1, 'REDUCE': 1, 'BINPERSID': 1}
 
 
+_SAVE = 'save its state dict where it was made: torch.save(net.state_dict(), FILE)'
+_OTHERWISE = {
+    **dict.fromkeys(('NEWOBJ', 'NEWOBJ_EX', 'INST', 'OBJ'), 'holds a whole module or other object, which could run '
+                                                            f'code when read, so it is refused; {_SAVE}'),
+    **dict.fromkeys(('FRAME', 'STACK_GLOBAL', 'SHORT_BINUNICODE', 'MEMOIZE'), 'was written by pickle, or by torch.save '
+                    f'with a pickle_protocol of its own, a whole module perhaps, and is not read; {_SAVE}'),
+}
+"""Operations that tell how a file came to be."""
+
+
 class _Refused(Exception):
     """Why a file is not read, in one line without its name."""
 
@@ -70,7 +80,7 @@ def read_torch(path: str | os.PathLike, map_location='cpu') -> dict:
         with torch.serialization.safe_globals(_NUMPY):
             content = torch.load(file, map_location=map_location, weights_only=True)
         if not isinstance(content, dict):
-            raise _Refused(f'holds a {type(content).__name__}, expected a dict of tensors')
+            raise _Refused(f'holds a {type(content).__name__}, expected a dict of tensors; {_SAVE}')
         return content
 
 
@@ -239,7 +249,7 @@ def _follow(raw: bytes) -> _Pickle:
         elif name in _EMPTY:
             stack.append(_Made(_EMPTY[name]))
         elif name == 'GLOBAL':
-            stack.append(_known(argument.replace(' ', '.', 1)))
+            stack.append(_known(argument.replace(' ', '.', 1), whole=not (stack or marks) or stack == ['module']))
         elif name in ('BINPUT', 'LONG_BINPUT'):
             memo[argument] = stack[-1]
         elif name in ('BINGET', 'LONG_BINGET'):
@@ -270,14 +280,15 @@ def _follow(raw: bytes) -> _Pickle:
             else:
                 stack[-1].add(_added(name, items))
         elif name != 'PROTO':
-            raise _Refused(f'is no PyTorch checkpoint, or damaged (pickle operation {name})')
+            raise _Refused(_OTHERWISE.get(name, f'is no PyTorch checkpoint, or damaged (pickle operation {name})'))
     raise _Refused('is no PyTorch checkpoint, or cut off')
 
 
-def _known(name: str) -> _Name:
+def _known(name: str, whole: bool) -> _Name:
     if name not in _CALLS and name not in _STORAGES and name not in _DTYPES:
-        raise _Refused(f'holds Python objects beside tensors ({name[:80]}), which could run code when read, so it is '
-                       'refused; save its state dict alone with torch.save')
+        what = f'is a whole module or other object ({name[:80]}) and no state dict' if whole else \
+            f'holds Python objects beside tensors ({name[:80]})'
+        raise _Refused(f'{what}, which could run code when read, so it is refused; {_SAVE}')
     return _Name(name)
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -355,3 +356,24 @@ def test_what_python_2_saved_is_read():
     pair = b'](X\x01\0\0\0aK\x05e'
     Path('x.pth').write_bytes(zip_of(b'\x80\x02ccollections\nOrderedDict\n](' + pair + pair + b'e\x85R.', {}))
     assert read_torch('x.pth') == OrderedDict(a=5)
+
+
+@pytest.mark.parametrize('save', [
+    torch.save, partial(torch.save, _use_new_zipfile_serialization=False), partial(torch.save, pickle_protocol=4),
+    lambda net, file: Path(file).write_bytes(pickle.dumps(net)),
+    lambda net, file: Path(file).write_bytes(pickle.dumps(net, 2)),
+    lambda net, file: torch.save({'model': net}, file),
+], ids=['zip', 'legacy', 'protocol 4', 'pickle', 'pickle 2', 'nested'])
+def test_a_whole_module_is_refused_with_what_to_save_instead(save):
+    save(torch.nn.Linear(2, 2), 'net.pth')
+    with pytest.raises(UserError, match='whole module|beside tensors') as refused:
+        read_torch('net.pth')
+    assert str(refused.value).endswith('save its state dict where it was made: torch.save(net.state_dict(), FILE)')
+
+
+def test_an_object_that_pickle_makes_anew_is_told_as_one():
+    """Of a class that a checkpoint may name, so that the operation is what refuses it."""
+    with zipfile.ZipFile('net.pth', 'w') as archive:
+        archive.writestr('net/data.pkl', b'\x80\x02ccollections\nOrderedDict\n)\x81.')
+    with pytest.raises(UserError, match='holds a whole module or other object.*save its state dict'):
+        read_torch('net.pth')

@@ -4,6 +4,7 @@ What is wrong in the text comes first and missing files last, so that a file can
 """
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from os import path as osp
@@ -188,6 +189,11 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     logger = opt.get('logger') or {}
     if (logger.get('wandb') or {}).get('project') and not logger.get('use_tb_logger'):
         raise source.error('logger.wandb.project', 'needs use_tb_logger: true, from which it takes its figures')
+    for key, wanted, package in (('wandb.project', (logger.get('wandb') or {}).get('project'), 'wandb'),
+                                 ('use_tb_logger', logger.get('use_tb_logger'), 'tensorboard')):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise source.error(f'logger.{key}', f'needs {package}, which is not installed: pip install {package}, or '
+                                                'leave the key out')
 
 
 def _check_validation(opt: dict, used: list[str], source: Source) -> None:

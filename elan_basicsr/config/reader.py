@@ -96,6 +96,30 @@ def read_yaml(file: str | os.PathLike) -> tuple[dict, Source]:
     return options, source
 
 
+_QUOTES = "write a path in single quotes ('C:\\Users') or with /"
+
+
+def _hint(reason: str, line: str) -> str:
+    """What to do about a mistake that PyYAML tells in its own terms."""
+    if line.lstrip(' ').startswith('\t'):
+        return '; YAML is indented with spaces, not tabs'
+    if 'hexdecimal number' in reason or 'unknown escape character' in reason:
+        return f'; in double quotes a backslash begins such a character: {_QUOTES}'
+    if 'mapping values are not allowed' in reason:
+        return '; a value with a colon is written in quotes, and a key stands as far to the right as its neighbours'
+    if 'cannot start any token' in reason or 'alphabetic or numeric character' in reason:
+        return '; a value that begins with one of @ ` % * & ! is written in quotes'
+    if "expected ',' or" in reason:
+        return '; a bracket or brace is not closed before here'
+    if 'unexpected end of stream' in reason:
+        return '; a quotation mark is not closed'
+    if 'expected key' in reason or "could not find expected ':'" in reason or 'block end' in reason:
+        return '; keys of one section stand one below the other, each with a colon and a space after it'
+    if 'undefined alias' in reason:
+        return '; a value that begins with * is written in quotes'
+    return ''
+
+
 class _Builder:
     """Turns the node tree of one YAML document into plain values."""
 
@@ -115,9 +139,8 @@ class _Builder:
             if error.problem == 'exceeded maximum nesting depth':  # libyaml's scanner has a limit too, and runs ahead
                 raise self._error(mark, TOO_MUCH) from None
             reason = ', '.join(part for part in (error.context, error.problem) if part)
-            line = self.text.splitlines()[mark.line:mark.line + 1] if mark else []
-            tabs = '; YAML is indented with spaces, not tabs' if line and line[0].lstrip(' ').startswith('\t') else ''
-            raise self._error(mark, f'not valid YAML: {reason}{tabs}') from None
+            line = ''.join(self.text.splitlines()[mark.line:mark.line + 1]) if mark else ''
+            raise self._error(mark, f'not valid YAML: {reason}{_hint(reason, line)}') from None
         except yaml.YAMLError as error:
             raise user_error(f'{self.where}: not valid YAML: {" ".join(str(error).split())[:120]}') from None
 
@@ -177,6 +200,9 @@ class _Builder:
             raise self._error(node.start_mark, f'a number of {len(node.value)} characters, expected up to {MAX_NUMBER}')
         if node.tag.endswith(':str') and not node.style and _FLOAT.fullmatch(node.value):
             return float(node.value)
+        if node.style == '"' and any(ord(character) < 32 for character in node.value):
+            raise self._error(node.start_mark, f'"{repr(node.value[:60])[1:-1]}" holds a control character: in double '
+                                               f'quotes a backslash begins one, as \\t and \\n do; {_QUOTES}')
         try:
             return self.loader.construct_object(node)
         except (ValueError, OverflowError, KeyError, IndexError):

@@ -1,6 +1,7 @@
 """`basicsr data benchmark`: the test sets, laid out as the test option files name them."""
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -12,7 +13,7 @@ import cv2
 
 from elan_basicsr.data.images import find_images, read_bgr
 from elan_basicsr.data.prepare import degrade
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, outside
 
 # What the sets are called in the archives that go around.
 NAMES = {'Set5': ('Set5',), 'Set14': ('Set14',), 'B100': ('B100', 'BSD100', 'BSDS100'), 'Urban100': ('Urban100',),
@@ -45,10 +46,13 @@ def lay_out_benchmarks(sources: Iterable[str | os.PathLike], *, root: str | os.P
         if source.is_dir():
             done.update(_lay_out(source, Path(root), scales, blur))
             continue
-        with tempfile.TemporaryDirectory(dir=source.parent if source.parent.is_dir() else None) as unpacked:
+        beside = source.parent if os.access(source.parent, os.W_OK) else None
+        with tempfile.TemporaryDirectory(dir=beside) as unpacked:
             try:
                 _unpack(source, unpacked)
             except (OSError, ValueError, shutil.ReadError, tarfile.TarError) as error:
+                if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f'{source}: cannot be unpacked in {unpacked}: {outside(error)}') from None
                 raise UserError(f'{source}: is neither a folder nor a readable archive ({error})') from None
             done.update(_lay_out(Path(unpacked), Path(root), scales, blur))
     if not done:
@@ -97,6 +101,7 @@ def _write_set(folder: Path, target: Path, scales, blur) -> int:
         for key, path in images.items():
             img = read_bgr(path)
             img = img[:img.shape[0] // MULTIPLE * MULTIPLE, :img.shape[1] // MULTIPLE * MULTIPLE]
-            cv2.imwrite(str(temporary / f'{key}.png'), img if scale == 1 else degrade(img, scale, blur))
+            content = cv2.imencode('.png', img if scale == 1 else degrade(img, scale, blur))[1]
+            (temporary / f'{key}.png').write_bytes(content.tobytes())  # cv2.imwrite says nothing of a full disk
         os.replace(temporary, out)
     return len(images)

@@ -1,6 +1,7 @@
 """Files from the web: resumed where a connection dropped, and not called finished before their checksum fits."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -39,6 +40,10 @@ def download(url: str, target: str | os.PathLike, md5: str) -> Path:
         except urllib.error.HTTPError as error:
             raise UserError(f'{url}: the server answers {error.code} {error.reason}') from None
         except (OSError, http.client.HTTPException) as error:
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+            if isinstance(error, OSError) and (error.filename or error.errno in full):
+                raise UserError(f'{error.filename or part}: cannot be written ({error.strerror}); what has arrived is '
+                                'kept, make room or mend the folder and run the same command again') from None
             if attempt == _TRIES - 1:
                 raise UserError(f'{url}: the connection broke {_TRIES} times ({error}); what has arrived is in {part}, '
                                 'run the same command again to go on') from None

@@ -166,7 +166,9 @@ def _meet(processes: Processes, backend: str, gpu: bool, timeout: float) -> None
                                 device_id=torch.device('cuda', processes.local_rank) if backend == 'nccl' else None)
     except (ValueError, RuntimeError) as error:
         raise UserError(f'the {processes.world_size} processes could not meet at {os.environ["MASTER_ADDR"]}:'
-                        f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}') from error
+                        f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}; expected a host that all of them '
+                        'reach and a free port (MASTER_ADDR, MASTER_PORT), and as many processes as were announced'
+                        ) from error
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import sys
+import urllib.error
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.engine.launch import TIMEOUT, Processes
-from elan_basicsr.errors import UserError
+from elan_basicsr.errors import UserError, outside
 
 from basicsr.data import build_dataset
 from basicsr.utils import get_env_info, get_root_logger, get_time_str
@@ -47,9 +48,14 @@ def join_run(opt: dict, processes: Processes) -> None:
 
 @contextmanager
 def disk_errors_named() -> Iterator[None]:
-    """Around a run: a full disk, a folder that cannot be written and a mount that went away become a UserError."""
+    """Around a run: a full disk, a folder that cannot be written and a mount that went away become a UserError.
+
+    So does a network that cannot be reached, from which a loss would fetch its weights.
+    """
     try:
         yield
+    except urllib.error.URLError as error:
+        raise UserError(outside(error) or '') from error
     except OSError as error:
         where = error.filename or 'the run cannot go on'
         raise UserError(f'{where}: {error.strerror or " ".join(str(error).split())}; what was saved before is intact'

@@ -25,7 +25,7 @@ def test(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = No
     """
     opt = load_options(opt_path, is_train=False, overrides=overrides, force_yml=force_yml, root=root,
                        launched=launched(launcher))
-    with disk_errors_named(), process_group(launcher, **meeting(opt)) as processes:
+    with process_group(launcher, **meeting(opt)) as processes, disk_errors_named():
         _test(opt, processes)
     return 0
 

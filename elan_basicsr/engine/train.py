@@ -58,7 +58,7 @@ def train(opt_path: str, *, overrides=(), force_yml=(), launcher: str | None = N
     """
     opt = load_options(opt_path, is_train=True, overrides=overrides, force_yml=force_yml, debug=debug,
                        auto_resume=auto_resume, root=root, launched=launched(launcher))
-    with (disk_errors_named(), process_group(launcher, **meeting(opt)) as processes,
+    with (process_group(launcher, **meeting(opt)) as processes, disk_errors_named(),
           StopRequest(processes.distributed) as stop):
         finished = _train(opt, opt_path, processes, stop)
     return 0 if finished else EXIT_STOPPED

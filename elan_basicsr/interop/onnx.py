@@ -42,7 +42,9 @@ class OnnxNetwork(nn.Module):
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # its exceptions share no class of their own
-            raise UserError(f'{path}: ONNX Runtime cannot load it ({" ".join(str(error).split())[:200]})') from None
+            raise UserError(f'{path}: ONNX Runtime {runtime.__version__} cannot load it '
+                            f'({" ".join(str(error).split())[:200]}); it may be damaged, or newer than that: export it '
+                            'again, or pip install -U onnxruntime') from None
         self.path = path
         [self.input], [self.output] = self._images(self.session.get_inputs()), self._images(self.session.get_outputs())
         self.dtype = torch.float16 if self.input.type == 'tensor(float16)' else torch.float32

@@ -21,7 +21,8 @@ from elan_basicsr.engine.run import on_terminal
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.report.compare import load_contenders
-from elan_basicsr.report.figures import attribution_figure
+from elan_basicsr.report.figures import attribution_figure, check_name
+from elan_basicsr.report.pairs import eight_bit
 
 Box = tuple[int, int, int]
 """Left, top and edge of a square in pixels."""
@@ -202,6 +203,7 @@ def explain(image: str | os.PathLike, weights: Sequence[str], *, out: str | os.P
     if out.exists() and not overwrite:
         raise UserError(f'{out}: is there already, and nothing is overwritten unasked; choose another with -o, or give '
                         '--overwrite')
+    check_name(out)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     rgb = eight_bit(read_bgr(image))[..., ::-1].astype(np.float32) / 255
     contenders = load_contenders(weights, device)
@@ -209,7 +211,7 @@ def explain(image: str | os.PathLike, weights: Sequence[str], *, out: str | os.P
     if len(networks) < len(contenders):
         raise UserError('explain: bicubic has no weights to explain; expected checkpoints or option files')
     edge = max(2, DETECTED // max(network.scale for network in networks.values()))
-    box = _checked(patch, rgb, image) if patch else most_detailed(rgb, edge)
+    box = _checked(patch, rgb, image) if patch else most_detailed(rgb, edge, image)
     rgb, box = _surroundings(rgb, box)
     bar = tqdm(networks.items(), unit='network', disable=not on_terminal(), leave=False)
     columns = [_column(name, network, rgb, box, device) for name, network in bar]
@@ -227,11 +229,11 @@ def _checked(patch: Box, rgb: np.ndarray, image) -> Box:
     return patch
 
 
-def most_detailed(rgb: np.ndarray, edge: int) -> Box:
+def most_detailed(rgb: np.ndarray, edge: int, name: str | os.PathLike = 'the image') -> Box:
     """The square with the most detail (summed |Laplacian|), no nearer to the image's edge than its own edge."""
     height, width = rgb.shape[:2]
     if min(height, width) < edge:
-        raise UserError(f'the image has {width}x{height} pixels; expected {edge}x{edge} or more')
+        raise UserError(f'{name}: has {width}x{height} pixels, expected {edge}x{edge} or more; take a larger image')
     detail = cv2.integral(np.abs(cv2.Laplacian(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.CV_32F)).astype(np.float64))
     sums = detail[edge:, edge:] - detail[:-edge, edge:] - detail[edge:, :-edge] + detail[:-edge, :-edge]
     margin = edge if min(sums.shape) > 2 * edge else 0

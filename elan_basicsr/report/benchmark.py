@@ -252,7 +252,7 @@ def _text(path: str) -> str:
 
 def write_json(content: dict, file: str) -> None:
     """Write figures with the machine they are from."""
-    text = json.dumps({'machine': machine(), **content}, indent=1)
+    text = json.dumps({'machine': machine(), **content}, indent=1, allow_nan=False)
     try:
         Path(file).write_text(text + '\n', encoding='utf-8')
     except OSError as error:

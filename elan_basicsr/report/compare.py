@@ -31,8 +31,17 @@ from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network, load_network, load_option_file
 from elan_basicsr.report import figures
 from elan_basicsr.report.complexity import count
-from elan_basicsr.report.html import Picture, show, write_html
-from elan_basicsr.report.measure import METRICS, all_differences, mean, measure, perceptual_metrics
+from elan_basicsr.report.html import ODD_NAMES, Picture, show, write_html
+from elan_basicsr.report.measure import (
+    METRICS,
+    all_differences,
+    left_out,
+    mean,
+    measure,
+    perceptual_metrics,
+    told,
+    without,
+)
 from elan_basicsr.report.pairs import Pair, read_pairs
 from elan_basicsr.report.timing import Timing, inference_call, time_interleaved
 from elan_basicsr.report.training_log import Curves, read_run
@@ -106,12 +115,14 @@ def compare(files: Sequence[str], *, out: str | os.PathLike, data: Sequence[str]
     _check_choice(pairs, images, crop)
     perceptual, notes = perceptual_metrics(device)
     rows = list(_restore_and_measure(contenders, pairs, scale, device, tile, perceptual, out))
+    left = left_out(rows)
+    same = without(rows, left)
     result = {
         'version': __version__, 'scale': scale, 'crop_border': scale, 'device': device, 'cost_note': COST_NOTE,
-        'threads': torch.get_num_threads(), 'notes': notes,
+        'threads': torch.get_num_threads(), 'notes': [*notes, *map(told, left)],
         'networks': costs(contenders, scale, device),
-        'images': rows, 'means': _means(rows), 'differences': all_differences(
-            rows, [contender.name for contender in contenders], DIFFERENCES_OF),
+        'images': rows, 'means': _means(same), 'left_out': left, 'differences': all_differences(
+            same, [contender.name for contender in contenders], DIFFERENCES_OF),
     }
     _write_tables(result, out)
     pictures = _draw_strips(_shown(pairs, rows, images), contenders, crop, out)
@@ -222,8 +233,9 @@ def _restore_and_measure(contenders: Sequence[Contender], pairs: Sequence[Pair],
     for pair, contender in tqdm(work, unit='image', disable=not on_terminal(), leave=False):
         restored = contender.restore(pair.lr, scale, device, tile)
         if restored.shape != pair.hr.shape:
-            raise UserError(f'{pair.name}: {contender.name} gives {restored.shape[1]}x{restored.shape[0]} pixels, HR '
-                            f'has {pair.hr.shape[1]}x{pair.hr.shape[0]}')
+            raise UserError(f'{pair.dataset}: image {pair.name}: {contender.name} gives {restored.shape[1]}x'
+                            f'{restored.shape[0]} pixels, HR has {pair.hr.shape[1]}x{pair.hr.shape[0]}; expected LR '
+                            f'images of 1/{scale} of the size')
         _write_image(image_path(out, pair, contender), restored)
         yield {'dataset': pair.dataset, 'image': pair.name, 'network': contender.name,
                **measure(restored, pair.hr, border=scale, perceptual=perceptual)}
@@ -309,8 +321,9 @@ def _write_tables(result: dict, out: Path) -> None:
     rows = result['images']
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / 'comparison.json').write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        with open(out / 'per_image.csv', 'w', newline='', encoding='utf-8') as file:
+        (out / 'comparison.json').write_text(json.dumps(
+            result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8', errors=ODD_NAMES)
+        with open(out / 'per_image.csv', 'w', newline='', encoding='utf-8', errors=ODD_NAMES) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

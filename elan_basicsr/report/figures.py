@@ -44,7 +44,14 @@ def save(figure, path: str | os.PathLike) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise UserError(f'{path}: the figure cannot be written ({" ".join(str(error).split())})') from None
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+        raise UserError(f'{path}: the figure cannot be written ({reason}); name another with -o or --figure') from None
+
+
+def check_name(path: str | os.PathLike) -> None:
+    """Raise a UserError where matplotlib is missing or could not write a file of that name, before it is drawn."""
+    if Path(path).suffix.lower().lstrip('.') not in new_figure(1, 1).canvas.get_supported_filetypes():
+        raise UserError(f'{path}: no figure has such a name; expected one that ends with .png, .pdf or .svg')
 
 
 # ---------------------------------------------------------------------------------------------------------- bubbles

@@ -14,6 +14,8 @@ from elan_basicsr.report.figures import si
 from elan_basicsr.report.measure import CONFIDENCE, METRICS
 
 ABSENT = '–'
+ODD_NAMES = 'backslashreplace'
+"""How files hold names that are not UTF-8; what stands there then is JSON's own escape."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def write_html(result: Mapping, pictures: Sequence[Picture], drawn: Mapping[str,
         pictures=[{'title': picture.title, 'versions': {name: data_uri(file) for name, file
                                                         in picture.versions.items()}} for picture in pictures])
     try:
-        Path(path).write_text(text, encoding='utf-8')
+        Path(path).write_text(text, encoding='utf-8', errors=ODD_NAMES)
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror})') from None
 

@@ -13,6 +13,7 @@ from scipy import stats
 from basicsr.metrics import calculate_niqe, calculate_psnr, calculate_ssim
 
 NIQE_BLOCK = 96
+SSIM_WINDOW = 11
 CONFIDENCE = 0.95
 
 Values = dict[str, float | None]
@@ -20,21 +21,28 @@ Values = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is shown: its label, its decimals, and whether more is better."""
+    """How a figure is shown: its label, its decimals, whether more is better, and when an image has none."""
     label: str
     digits: int
     higher_is_better: bool
+    absent: str
 
 
+_INFINITE = 'it is infinite where a result equals HR, and needs pixels inside the border'
+_WINDOW = f'it needs {SSIM_WINDOW}x{SSIM_WINDOW} pixels inside the border'
+_BLOCKS = f'it needs two blocks of {NIQE_BLOCK}x{NIQE_BLOCK} pixels inside the border that are not of one colour'
+_PYIQA = 'pyiqa gives none, as for images too small for its networks'
 METRICS = {
-    'psnr_y': Metric('PSNR Y (dB)', 2, True),
-    'ssim_y': Metric('SSIM Y', 4, True),
-    'psnr_rgb': Metric('PSNR RGB (dB)', 2, True),
-    'ssim_rgb': Metric('SSIM RGB', 4, True),
-    'niqe': Metric('NIQE', 3, False),
-    'lpips': Metric('LPIPS', 4, False),
-    'dists': Metric('DISTS', 4, False),
+    'psnr_y': Metric('PSNR Y (dB)', 2, True, _INFINITE),
+    'ssim_y': Metric('SSIM Y', 4, True, _WINDOW),
+    'psnr_rgb': Metric('PSNR RGB (dB)', 2, True, _INFINITE),
+    'ssim_rgb': Metric('SSIM RGB', 4, True, _WINDOW),
+    'niqe': Metric('NIQE', 3, False, _BLOCKS),
+    'lpips': Metric('LPIPS', 4, False, _PYIQA),
+    'dists': Metric('DISTS', 4, False, _PYIQA),
 }
+NAMED = 8
+"""Images that a note names; the JSON and the tables have all."""
 
 
 def measure(image: np.ndarray, hr: np.ndarray, border: int, perceptual: Mapping[str, Callable] | None = None) -> Values:
@@ -46,18 +54,22 @@ def measure(image: np.ndarray, hr: np.ndarray, border: int, perceptual: Mapping[
         perceptual: What `perceptual_metrics` found.
 
     Returns:
-        Values by the keys of `METRICS`. PSNR of equal images, and NIQE of images with fewer than two blocks of 96x96
-        pixels, are None.
+        Values by the keys of `METRICS`, finite; None where an image has none, for the reason in `METRICS`.
     """
     values: Values = {}
+    inside = min(image.shape[:2]) - 2 * border
     for suffix, on_y in (('y', True), ('rgb', False)):
-        psnr = calculate_psnr(image, hr, crop_border=border, test_y_channel=on_y)
-        values[f'psnr_{suffix}'] = float(psnr) if math.isfinite(psnr) else None
-        values[f'ssim_{suffix}'] = float(calculate_ssim(image, hr, crop_border=border, test_y_channel=on_y))
+        for name, metric, needed in (('psnr', calculate_psnr, 1), ('ssim', calculate_ssim, SSIM_WINDOW)):
+            values[f'{name}_{suffix}'] = _finite(
+                metric(image, hr, crop_border=border, test_y_channel=on_y)) if inside >= needed else None
     values['niqe'] = _niqe(image, border)
     for name, metric in (perceptual or {}).items():
         values[name] = metric(image, hr)
     return values
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _niqe(image: np.ndarray, border: int) -> float | None:
@@ -67,10 +79,9 @@ def _niqe(image: np.ndarray, border: int) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # blocks of one colour divide by zero and are left out
         try:
-            value = float(np.squeeze(calculate_niqe(image, crop_border=border)))
+            return _finite(np.squeeze(calculate_niqe(image, crop_border=border)))
         except np.linalg.LinAlgError:  # all of them are of one colour
             return None
-    return value if math.isfinite(value) else None
 
 
 def perceptual_metrics(device: str) -> tuple[dict[str, Callable], list[str]]:
@@ -90,13 +101,52 @@ def perceptual_metrics(device: str) -> tuple[dict[str, Callable], list[str]]:
     return found, notes
 
 
-def _perceptual(metric: Callable, image: np.ndarray, hr: np.ndarray, device: str) -> float:
+def _perceptual(metric: Callable, image: np.ndarray, hr: np.ndarray, device: str) -> float | None:
     import torch
 
     from basicsr.utils import img2tensor
     with torch.no_grad():
         pair = [img2tensor(each.astype(np.float32) / 255)[None].to(device) for each in (image, hr)]
-        return float(metric(*pair))
+        try:
+            return _finite(float(metric(*pair)))
+        except (RuntimeError, AssertionError, ValueError):  # a layer of its network has nothing left to look at
+            return None
+
+
+def left_out(rows: Sequence[Mapping]) -> list[dict]:
+    """Where some network has no value of a metric, so that the image counts for none of them.
+
+    Args:
+        rows: One per data set, image and network, with `dataset`, `image`, `network` and the metrics.
+
+    Returns:
+        One dict per data set and metric concerned: `dataset`, `metric`, `of` (the images there are), and `images`: by
+        name, the networks without a value.
+    """
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        for metric in METRICS:
+            if metric in row and row[metric] is None:
+                images = found.setdefault((row['dataset'], metric), {})
+                images.setdefault(row['image'], []).append(row['network'])
+    return [{'dataset': dataset, 'metric': metric, 'images': images,
+             'of': len({row['image'] for row in rows if row['dataset'] == dataset})}
+            for (dataset, metric), images in found.items()]
+
+
+def without(rows: Sequence[Mapping], left: Sequence[Mapping]) -> list[dict]:
+    """The rows with None for every value of an image that is left out, so that networks are averaged over the same."""
+    out = {(each['dataset'], each['metric'], image) for each in left for image in each['images']}
+    return [{**row, **{key: None for key in METRICS if (row['dataset'], key, row['image']) in out}} for row in rows]
+
+
+def told(left: Mapping) -> str:
+    """One entry of `left_out` as a sentence."""
+    names = [f'{image} ({", ".join(networks)})' for image, networks in left['images'].items()]
+    more = f' and {len(names) - NAMED} more' if len(names) > NAMED else ''
+    metric = METRICS[left['metric']]
+    return (f'{metric.label} on {left["dataset"]}: {len(names)} of {left["of"]} images count for no network, since '
+            f'some have no value there: {", ".join(names[:NAMED])}{more}; {metric.absent}.')
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -42,7 +42,8 @@ def read_pairs(data: Sequence[str], opt: str | None, scale: int) -> Iterator[Pai
         options = load_options(opt, is_train=False, overrides=['path.pretrain_network_g=~', 'num_gpu=0'])
         phases = [phase for phase in options['datasets'] if phase.split('_')[0] in ('test', 'val')]
         if options.get('scale', scale) != scale:
-            raise UserError(f'{opt}: scale: {options["scale"]} there, the networks are x{scale}')
+            raise UserError(f'{opt}: scale is {options["scale"]}, and the networks enlarge by {scale}; expected an '
+                            'option file of their scale')
         for phase in phases:
             yield from _pairs_of_dataset(options, phase)
 
@@ -57,7 +58,8 @@ def _pairs_of_folder(folder: Path, scale: int) -> Iterator[Pair]:
             img = eight_bit(read_bgr(path))
             img = img[:img.shape[0] // scale * scale, :img.shape[1] // scale * scale]
             if img.size == 0:
-                raise UserError(f'{path}: is smaller than {scale}x{scale} pixels')
+                raise UserError(f'{path}: is smaller than {scale}x{scale} pixels, expected an image that can be '
+                                f'reduced by {scale}; take it out of the folder')
             yield Pair(name, key, img, imresize(img, Fraction(1, scale)))
         return
     lr = folder / f'LRbicx{scale}'
@@ -74,7 +76,8 @@ def _pairs_of_dataset(options: dict, phase: str) -> Iterator[Pair]:
     for index in range(len(dataset)):
         item = dataset[index]
         if 'gt' not in item:
-            raise UserError(f'datasets.{phase}: has no ground truth, which a comparison needs')
+            raise UserError(f'datasets.{phase}: has no ground truth, which a comparison needs; expected a data set '
+                            'with dataroot_gt, such as PairedImageDataset')
         hr, lr = tensor2img([item['gt']]), tensor2img([item['lq']])
         name = Path(item['lq_path']).stem
         scale = options['datasets'][phase]['scale']

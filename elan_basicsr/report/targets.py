@@ -185,6 +185,9 @@ def grey_level_error(checkpoint: str, images: Sequence[str], device: str = 'cpu'
         x = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].to(device).float() / 255
         exact, rough = (inference_call(net, x, dtype)() for dtype in (torch.float32, torch.bfloat16))
         errors.append((rough.float() - exact).abs().flatten().cpu() * 255)
+        if not errors[-1].isfinite().all():
+            raise UserError(f'--trained {checkpoint}: gives values that are not finite on {file}; expected trained '
+                            'weights')
     every = torch.cat(errors)
     return every.kthvalue(max(round(SHARE_OF_PIXELS * len(every)), 1)).values.item()
 

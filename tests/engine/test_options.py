@@ -1,6 +1,7 @@
 """Option files: a good one arrives complete, a wrong one is one line with file, line, key and what was expected."""
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -412,11 +413,23 @@ WRONG = [
     ('print_freq: 1', 'print_freq: often', 'logger.print_freq', "is 'often', expected an integer from 1"),
     ('use_tb_logger: false', 'use_tb_logger: false\n  wandb: {project: elan}', 'logger.wandb.project',
      'needs use_tb_logger: true'),
+    pytest.param('use_tb_logger: false', 'use_tb_logger: true\n  wandb: {project: elan}', 'logger.wandb.project',
+                 'needs wandb, which is not installed: pip install wandb', marks=pytest.mark.skipif(
+                     importlib.util.find_spec('wandb') is not None, reason='wandb is installed')),
     ('name: run', 'name: run\nname: again', 'name', 'the key is there twice, first in line 1'),
     ('name: run', 'name: !!python/object/apply:os.system ["touch run_by_yaml"]', '',
      'the tag !!python/object/apply:os.system is refused'),
     ('name: run', 'name: !!python/name:os.system', '', 'is refused'),
-    ('name: run', 'name: run: again', '', 'not valid YAML'),
+    ('name: run', 'name: run: again', '', 'a value with a colon is written in quotes'),
+    ('name: run', r'name: "C:\Users\me"', '', r"write a path in single quotes ('C:\Users') or with /"),
+    ('name: run', r'name: "C:\data\run"', '', r"write a path in single quotes ('C:\Users') or with /"),
+    ('name: run', r'name: "C:\new\train"', '', r'"C:\new\train" holds a control character'),
+    ('name: run', 'name: *.png', '', 'a value that begins with one of @ ` % * & ! is written in quotes'),
+    ('name: run', 'name: @home', '', 'a value that begins with one of @ ` % * & ! is written in quotes'),
+    ('name: run', 'name: *run', '', 'a value that begins with * is written in quotes'),
+    ('name: run', 'name: [run', '', 'a bracket or brace is not closed'),
+    ('name: run', 'name: "run', '', 'a quotation mark is not closed'),
+    ('name: run', "name: 'it's'", '', 'keys of one section stand one below the other'),
     ('  optim_g:', '\toptim_g:', '', 'YAML is indented with spaces, not tabs'),
     ('name: run', '? [name]\n: run', '', 'a key is a list or a section, expected a name'),
     ('name: run', 'name: &a [*a]', '', 'an alias of itself'),
@@ -424,7 +437,8 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize('old, new, key, said', WRONG, ids=[f'{i}-{case[2]}' for i, case in enumerate(WRONG)])
+@pytest.mark.parametrize('old, new, key, said', WRONG,
+                         ids=[f'{i}-{getattr(case, "values", case)[2]}' for i, case in enumerate(WRONG)])
 def test_a_wrong_file_is_one_line_and_exit_code_2(old, new, key, said, capsys):
     assert old in TRAIN
     text = TRAIN.replace(old, new, 1)
@@ -435,6 +449,19 @@ def test_a_wrong_file_is_one_line_and_exit_code_2(old, new, key, said, capsys):
     assert lines[0].startswith('basicsr: error: options.yml') and said in lines[0]
     assert f': {key}: ' in lines[0] or not key
     assert not Path('run_by_yaml').exists() and not Path('experiments').exists()
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_the_run(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'tensorboard' else
+                        real(name, *rest))
+    text = TRAIN.replace('use_tb_logger: false', 'use_tb_logger: true')
+    with pytest.raises(UserError, match='logger.use_tb_logger: needs tensorboard, which is not installed: pip install'):
+        load_options(write(text), is_train=True)
+
+
+def test_a_path_of_windows_in_single_quotes_is_read():
+    assert read_yaml(write("a: 'C:\\new\\Users'\nb: C:\\new\n"))[0] == {'a': r'C:\new\Users', 'b': r'C:\new'}
 
 
 def test_the_line_number_is_that_of_the_key():

@@ -316,6 +316,17 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(options, monkeypatch
     monkeypatch.undo()
 
 
+def test_a_loss_whose_weights_cannot_be_fetched_says_which_file_goes_where(options, monkeypatch, capfd, tmp_path):
+    """The perceptual loss fetches a VGG; a machine without a network gets it by hand."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    train = {**options['train'], 'perceptual_opt': {'type': 'PerceptualLoss', 'layer_weights': {'relu1_1': 1.}}}
+    assert main(['train', '-opt', write(options, train=train)]) == 2
+    [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error:')]
+    assert error.startswith('basicsr: error: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth: cannot be fetched')
+    assert error.endswith(f'put it at {tmp_path}/hub/hub/checkpoints/vgg19-dcbb9e9d.pth')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('network', [
     {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2},

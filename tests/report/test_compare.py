@@ -145,6 +145,33 @@ def test_hr_images_alone_are_reduced_by_the_bicubic(inputs, report, tmp_path):
     assert ours == {row['image']: row['psnr_y'] for row in rows_of(report) if row['network'] == 'first'}
 
 
+def test_every_network_is_averaged_over_the_same_images_and_what_is_left_out_is_named(inputs, tmp_path, capsys):
+    """PSNR of flat images is infinite for bicubic only, and images of a few pixels have no SSIM: neither counts."""
+    (tmp_path / 'set').mkdir()
+    photo = next((inputs / 'three' / 'GTmod12').iterdir())
+    shutil.copy(photo, tmp_path / 'set' / f'photo{photo.suffix}')
+    for name, edge, value in (('grey', 48, 128), ('tiny', 12, 90)):
+        cv2.imwrite(str(tmp_path / 'set' / f'{name}.png'), np.full((edge, edge, 3), value, np.uint8))
+    out = tmp_path / 'out'
+    assert main(['compare', str(inputs / 'a.pth'), f'b={inputs / "b.pth"}', 'bicubic', '--data', str(tmp_path / 'set'),
+                 '-o', str(out)]) == 0
+    text = (out / 'comparison.json').read_text(encoding='utf-8')
+    result = json.loads(text, parse_constant=lambda word: pytest.fail(f'{word} is no JSON'))
+    rows = {(row['image'], row['network']): row for row in result['images']}
+    for mean in result['means']:
+        assert mean['psnr_y'] == rows['photo', mean['network']]['psnr_y'] is not None
+        assert mean['ssim_y'] == np.mean([rows[image, mean['network']]['ssim_y'] for image in ('grey', 'photo')])
+    assert {difference['images'] for difference in result['differences'] if difference['metric'] == 'psnr_y'} == {1}
+    left = {each['metric']: each['images'] for each in result['left_out']}
+    assert left['psnr_y'] == {'grey': ['bicubic'], 'tiny': ['bicubic']}
+    assert left['ssim_y'] == {'tiny': ['a', 'b', 'bicubic']}
+    note = 'PSNR Y (dB) on set: 2 of 3 images count for no network, since some have no value there: grey (bicubic), ' \
+        'tiny (bicubic); it is infinite where a result equals HR'
+    assert any(each.startswith(note) for each in result['notes'])
+    assert note in ' '.join(capsys.readouterr().out.split())
+    assert note in (out / 'report.html').read_text(encoding='utf-8')
+
+
 def test_nothing_is_overwritten_unasked(inputs, report, capsys):
     before = {path: path.read_bytes() for path in report.rglob('*') if path.is_file()}
     words = ['compare', str(inputs / 'a.pth'), '--data', str(inputs / 'three'), '-o', str(report)]

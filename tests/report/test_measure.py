@@ -32,6 +32,10 @@ def test_what_has_no_value_is_none(hr):
     assert measure(hr[:150, :150], hr[:150, :150], border=4)['niqe'] is None  # one block
     grey = np.full_like(hr, 128)
     assert measure(grey, hr, border=4)['niqe'] is None
+    assert set(measure(grey[:8, :50], hr[:8, :50], border=4).values()) == {None}  # the border takes everything
+    values = measure(grey[:18], hr[:18], border=4)
+    assert values['ssim_y'] is values['ssim_rgb'] is None and values['psnr_y'] == calculate_psnr(
+        grey[:18], hr[:18], 4, test_y_channel=True)
 
 
 def test_perceptual_metrics_without_pyiqa_are_left_out_with_a_note():
