@@ -27,10 +27,15 @@ def calculate_pyiqa(img: np.ndarray, img2: np.ndarray | None = None, *, metric: 
     Raises:
         UserError: See `load`.
     """
-    model = load(metric).to('cuda' if torch.cuda.is_initialized() else 'cpu')
+    return score(metric, img, img2, 'cuda' if torch.cuda.is_initialized() else 'cpu', crop_border)
+
+
+def score(metric: str, img: np.ndarray, img2: np.ndarray | None, device: str, border: int = 0) -> float:
+    """As `calculate_pyiqa`, on a device."""
+    model = load(metric).to(device)
     images = [img] if img2 is None or model.metric_mode == 'NR' else [img, img2]
     with torch.inference_mode():
-        return float(model(*(_image(each, crop_border) for each in images)))
+        return float(model(*(_image(each, border) for each in images)))
 
 
 def _image(image: np.ndarray, border: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ from elan_basicsr.errors import UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.report.compare import load_contenders
 from elan_basicsr.report.figures import attribution_figure, check_name
-from elan_basicsr.report.pairs import eight_bit
 
 Box = tuple[int, int, int]
 """Left, top and edge of a square in pixels."""

@@ -5,10 +5,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 from scipy import stats
+
+from elan_basicsr.errors import UserError
+from elan_basicsr.interop import pyiqa
 
 from basicsr.metrics import calculate_niqe, calculate_psnr, calculate_ssim
 
@@ -86,31 +90,23 @@ def _niqe(image: np.ndarray, border: int) -> float | None:
 
 def perceptual_metrics(device: str) -> tuple[dict[str, Callable], list[str]]:
     """LPIPS and DISTS through pyiqa, as functions of two BGR uint8 images, and notes on what is not to be had."""
-    try:
-        import pyiqa
-    except ImportError:
-        return {}, ['LPIPS and DISTS are left out: pyiqa is not installed.']
-    found, notes = {}, []
+    found: dict[str, Callable] = {}
+    missing: dict[str, list[str]] = {}
     for name in ('lpips', 'dists'):
         try:
-            metric = pyiqa.create_metric(name, device=device)
-        except Exception as error:  # pyiqa fetches weights on first use, which fails in every way there is
-            notes.append(f'{name.upper()} is left out: pyiqa could not load it ({" ".join(str(error).split())[:120]}).')
+            pyiqa.load(name)
+        except UserError as error:
+            missing.setdefault(str(error), []).append(name.upper())
             continue
-        found[name] = lambda image, hr, metric=metric: _perceptual(metric, image, hr, device)
-    return found, notes
+        found[name] = partial(_perceptual, name, device)
+    return found, [f'{" and ".join(names)} left out: {reason}' for reason, names in missing.items()]
 
 
-def _perceptual(metric: Callable, image: np.ndarray, hr: np.ndarray, device: str) -> float | None:
-    import torch
-
-    from basicsr.utils import img2tensor
-    with torch.no_grad():
-        pair = [img2tensor(each.astype(np.float32) / 255)[None].to(device) for each in (image, hr)]
-        try:
-            return _finite(float(metric(*pair)))
-        except (RuntimeError, AssertionError, ValueError):  # a layer of its network has nothing left to look at
-            return None
+def _perceptual(name: str, device: str, image: np.ndarray, hr: np.ndarray) -> float | None:
+    try:
+        return _finite(pyiqa.score(name, image, hr, device))
+    except (RuntimeError, AssertionError, ValueError):  # a layer of its network has nothing left to look at
+        return None
 
 
 def left_out(rows: Sequence[Mapping]) -> list[dict]:

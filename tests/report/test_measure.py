@@ -43,7 +43,8 @@ def test_perceptual_metrics_without_pyiqa_are_left_out_with_a_note():
         import pyiqa  # noqa: F401
     except ImportError:
         found, notes = perceptual_metrics('cpu')
-        assert found == {} and 'pyiqa is not installed' in notes[0]
+        assert found == {} and notes == ['LPIPS and DISTS left out: needs pyiqa, which is not to be imported '
+                                         "(No module named 'pyiqa'): pip install 'elan-basicsr[metrics]'"]
     else:
         pytest.skip('pyiqa is installed')
 
