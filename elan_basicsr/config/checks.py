@@ -17,6 +17,7 @@ from elan_basicsr.config.schema import DEGRADATIONS, is_int, mistakes
 from elan_basicsr.config.trials import try_loss, try_metric, try_network, try_optimizer, try_scheduler
 from elan_basicsr.errors import nearest
 from elan_basicsr.interop.weights import is_known, names
+from elan_basicsr.models.elan_model import TOOLBOX_SCHEDULERS
 
 from basicsr.models.base_model import BaseModel
 from basicsr.models.realesrgan_model import RealESRGANModel
@@ -182,6 +183,10 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
             raise source.error(('train', key, 'type'), f'{name} of BasicSR 1.4.2 trains with Adam only, not {kind}; '
                                                        'use model_type: ELANModel or Adam')
         try_scheduler(train['scheduler'], ('train', 'scheduler'), source, optimizer, train['total_iter'])
+    kind = train['scheduler']['type']
+    if model.setup_schedulers is BaseModel.setup_schedulers and kind not in TOOLBOX_SCHEDULERS:
+        raise source.error('train.scheduler.type', f'{name} of BasicSR 1.4.2 does not know {kind}; use model_type: '
+                                                   f'ELANModel, or one of {", ".join(TOOLBOX_SCHEDULERS)}')
     parts, batch = train.get('accumulate', 1), opt['datasets']['train']['batch_size_per_gpu']
     if batch % parts:
         raise source.error('train.accumulate', f'is {parts}, expected a divisor of batch_size_per_gpu, {batch}: the '

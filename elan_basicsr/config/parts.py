@@ -23,6 +23,9 @@ from basicsr.utils import registry
 
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients: no training loop here does either.
 UNUSABLE_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam')
+# What is no schedule by itself, or takes functions, other schedulers or a value that is measured.
+UNUSABLE_SCHEDULERS = ('LRScheduler', '_LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR',
+                       'ChainedScheduler', 'ReduceLROnPlateau')
 
 DATASET_KEYS = {
     'PairedImageDataset': ('dataroot_gt', 'dataroot_lq', 'io_backend'),
@@ -60,7 +63,9 @@ def _optimizers() -> dict[str, Callable]:
 
 def _schedulers() -> dict[str, Callable]:
     steps, cosine = lr_scheduler.MultiStepRestartLR, lr_scheduler.CosineAnnealingRestartLR
-    return {'MultiStepLR': steps, 'MultiStepRestartLR': steps, 'CosineAnnealingRestartLR': cosine}
+    torchs = {name: value for name, value in vars(torch.optim.lr_scheduler).items() if isinstance(value, type)
+              and issubclass(value, torch.optim.lr_scheduler.LRScheduler) and name not in UNUSABLE_SCHEDULERS}
+    return {**torchs, 'MultiStepLR': steps, 'MultiStepRestartLR': steps, 'CosineAnnealingRestartLR': cosine}
 
 
 MODEL = Part('model', 'a model such as ELANModel', _in(registry.MODEL_REGISTRY), 'model_type')

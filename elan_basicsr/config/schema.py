@@ -161,7 +161,10 @@ KEYS: dict[str, tuple] = {
     'train.optim_*.weight_decay': (NOT_NEGATIVE, 'Weight decay.'),
     'train.optim_*.betas': (BETAS, 'Decay of the averages of the gradient and of its square.'),
     'train.scheduler': (SECTION, 'How the learning rate falls.'),
-    'train.scheduler.type': (type_of('a scheduler such as MultiStepLR'), 'The scheduler.'),
+    'train.restart_scheduler': (SWITCH, 'A resumed run begins its schedule and warm-up anew there, once for each '
+                                'schedule.', False),
+    'train.scheduler.type': (type_of('a scheduler such as MultiStepLR'),
+                             "BasicSR's, or one of torch.optim.lr_scheduler."),
     'train.scheduler.milestones': (MILESTONES, 'Iterations at which the learning rate is multiplied by gamma.'),
     'train.scheduler.gamma': (POSITIVE, 'Factor of the learning rate.'),
     'train.scheduler.periods': (MILESTONES, 'Lengths of the cosine cycles; together at least total_iter.'),
@@ -196,6 +199,8 @@ KEYS: dict[str, tuple] = {
     'logger.save_checkpoint_freq': (ITERATIONS, 'Iterations between two checkpoints.', 5000),
     'logger.use_tb_logger': (SWITCH, 'Write for TensorBoard, under tb_logger/.', False),
     'logger.keep_last': (COUNT, 'How many pairs of checkpoint and training state to keep; all unless given.'),
+    'logger.save_degraded': (COUNT, 'So many LR images that RealELANNetModel or RealELANGANModel degraded are saved '
+                             'beside their ground truth, in visualization/degraded/.'),
     'logger.wandb': (SECTION_OR_NONE, 'Weights & Biases; needs use_tb_logger.'),
     'logger.wandb.project': (TEXT_OR_NONE, 'A name switches it on.', None),
     'logger.wandb.resume_id': (TEXT_OR_NONE, 'The id of a run to go on with.', None),

@@ -66,7 +66,10 @@ def try_scheduler(section: dict, key: Path_, source: Source, optimizer: torch.op
                                               f'train.total_iter, {int(total)}')
     with _failure_told(section, SCHEDULER, key, source), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        scheduler(optimizer, **given)
+        built = scheduler(optimizer, **given)
+    if (steps := getattr(built, 'total_steps', total)) < total:
+        raise source.error(key, f'{section["type"]} is over after {steps} iterations, expected at least '
+                                f'train.total_iter, {int(total)}')
 
 
 def try_metric(section: dict, key: Path_, source: Source) -> bool:

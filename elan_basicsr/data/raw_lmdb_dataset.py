@@ -71,6 +71,13 @@ class PairedRawLmdbDataset(ToolboxDataset):
             gt = gt[:, :lq.shape[1] * self.opt['scale'], :lq.shape[2] * self.opt['scale']]
         return {'lq': self._finish(lq), 'gt': self._finish(gt)} | self._paths(index)
 
+    def sizes(self, index: int) -> dict[str, tuple[str, tuple[int, int]]]:
+        """The name, width and height of the images `lq` and `gt`; of their records the heads alone are read."""
+        self._open_in_this_process()
+        images = {kind: self._read(kind, self.keys[index]) for kind in self.roots}
+        return {kind: (f'{self.roots[kind]}: image {self.keys[index]}', (planes.shape[2], planes.shape[1]))
+                for kind, planes in images.items()}
+
     def fill(self, index: int, lq: np.ndarray, gt: np.ndarray) -> dict[str, str]:
         """Write training sample `index` as bytes into `lq` and `gt`, (C, h, w) uint8, and return its paths."""
         self._draw_patch(*self._images(index), (lq, gt))
@@ -93,9 +100,7 @@ class PairedRawLmdbDataset(ToolboxDataset):
 
     def _images(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of the whole LQ and GT image, (C, H, W), RGB; they stay valid as long as the transactions."""
-        if self._process != os.getpid():  # a forked worker must not use the parent's
-            self._transactions = {name: self._begin(root) for name, root in self.roots.items()}
-            self._views, self._process = {}, os.getpid()
+        self._open_in_this_process()
         if index not in self._views:
             key = self.keys[index]
             lq, gt = self._read('lq', key), self._read('gt', key)
@@ -103,6 +108,11 @@ class PairedRawLmdbDataset(ToolboxDataset):
                 self._check_sizes(lq, gt, key)
             self._views[index] = lq, gt
         return self._views[index]
+
+    def _open_in_this_process(self) -> None:
+        if self._process != os.getpid():  # a forked worker must not use the parent's
+            self._transactions = {name: self._begin(root) for name, root in self.roots.items()}
+            self._views, self._process = {}, os.getpid()
 
     def _read(self, kind: str, key: str) -> np.ndarray:
         record = self._transactions[kind].get(key.encode())

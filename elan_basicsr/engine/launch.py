@@ -138,7 +138,7 @@ def process_group(launcher: str | None = None, *, backend: str = 'gloo', gpu: bo
     try:
         yield processes
     except BaseException as error:
-        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or 'gloo' in str(error))
+        lost = is_loss(error)
         missing = _who_is_missing(processes) if lost else ''
         _clear_frames(error)
         gc.collect()
@@ -153,6 +153,11 @@ def process_group(launcher: str | None = None, *, backend: str = 'gloo', gpu: bo
                       f'{timeout:g} s, dist_params.timeout; resume with --auto_resume)') from error
     gc.collect()  # a network in DistributedDataParallel is part of a cycle
     dist.destroy_process_group()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that other processes of the run are gone or do not answer."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or 'gloo' in str(error))
 
 
 def _meet(processes: Processes, backend: str, gpu: bool, timeout: float) -> None:

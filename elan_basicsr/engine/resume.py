@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from elan_basicsr.checkpoint import checksum, damage, own_state_name, read_training_state
+from elan_basicsr.engine.continuing import keep_seed
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop import plugins
 
@@ -23,10 +24,14 @@ def find_resume_state(opt: dict, notices: list[str]) -> dict | None:
     """
     path = _agree(lambda: _newest_whole_state(opt, notices) if opt.get('auto_resume') else _named_state(opt))
     if path is None:
+        if opt.get('auto_resume'):
+            notices.append(f'--auto_resume: there is no training state in {opt["path"]["training_states"]} to go on '
+                           'from; the run begins')
         return None
     state = read_training_state(path)
     state.update(_own_state(opt, state, Path(path), notices))
     opt['path']['resume_state'] = str(path)
+    keep_seed(opt, state)
     notices += plugins.changes(state.get('imports'))
     check_resume(opt, state['iter'])
     return state

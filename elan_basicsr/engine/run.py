@@ -35,11 +35,12 @@ def meeting(opt: dict) -> dict:
 
 
 def join_run(opt: dict, processes: Processes) -> None:
-    """Write rank, size and seed of the run into the options; the seed of rank 0 is everybody's."""
+    """Write rank, size and seed of the run into the options; a seed that the file leaves open is rank 0's for all."""
     opt['dist'] = processes.distributed
     opt['rank'], opt['world_size'] = processes.rank, processes.world_size
     seed = [opt.get('manual_seed')]
-    if seed[0] is None:
+    opt['seed_is_drawn'] = seed[0] is None
+    if opt['seed_is_drawn']:
         seed = [random.randint(1, 10000)]
         if processes.distributed:
             dist.broadcast_object_list(seed)

@@ -12,6 +12,7 @@ from elan_basicsr.engine.run import (
     open_log,
     set_backends,
 )
+from elan_basicsr.engine.unused import unused
 
 from basicsr.models import build_model
 from basicsr.utils import make_exp_dirs
@@ -38,6 +39,7 @@ def _test(opt: dict, processes: Processes) -> None:
     if opt['dist']:
         import torch.distributed as dist
         dist.barrier()  # the folders stand before anyone writes into them
+    opt['notices'] += unused(opt)
     logger = open_log(opt, 'test')
     loaders = build_validation_loaders(opt, ('test', 'val'))
     model = build_model(opt)

@@ -19,8 +19,10 @@ from elan_basicsr.checkpoint import UNFINISHED
 from elan_basicsr.config.options import load_options
 from elan_basicsr.data.loader import PatchLoader, dead_workers_named, prefetched, to_float
 from elan_basicsr.data.sampling import StreamSampler, mix_seed, seed_all
+from elan_basicsr.engine.continuing import changes_named, go_on, note
 from elan_basicsr.engine.interrupt import EXIT_STOPPED, StopRequest
-from elan_basicsr.engine.launch import Processes, launched, process_group
+from elan_basicsr.engine.launch import Processes, is_loss, launched, process_group
+from elan_basicsr.engine.preflight import look_ahead
 from elan_basicsr.engine.resume import find_resume_state, saved_states
 from elan_basicsr.engine.run import (
     build_checked_dataset,
@@ -34,10 +36,11 @@ from elan_basicsr.engine.run import (
     open_log,
     set_backends,
 )
+from elan_basicsr.engine.unused import unused
+from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.interop import plugins
 from elan_basicsr.models.saving import save_whole_files
-from elan_basicsr.models.state_checks import check_training_state
-from elan_basicsr.models.validation import Interrupted
+from elan_basicsr.models.validation import Interrupted, gather
 
 from basicsr.models import build_model
 from basicsr.train import init_tb_loggers
@@ -71,17 +74,20 @@ def _train(opt: dict, opt_path: str, processes: Processes, stop: StopRequest) ->
     if opt['num_gpu'] == 0:
         keep_freed_memory()
     resume_state = open_run(opt, opt_path)
+    opt['notices'] += unused(opt)
+    options = note(opt)
     logger = open_log(opt, 'train')
     tb_logger = init_tb_loggers(opt)
     train_set = build_checked_dataset(opt, 'train')
     validation = build_validation_loaders(opt, ('val',)) if opt.get('val') else {}
     seed_all(opt['manual_seed'])  # the same initial weights on every process
-    model = build_model(opt)
+    with changes_named(resume_state, options):
+        model = build_model(opt)
     save_whole_files(model)
-    if resume_state:
-        check_training_state(model, resume_state, opt['path']['resume_state'])
-        model.resume_training(resume_state)
-    run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state)
+    schedule_start = go_on(model, resume_state, opt, options, logger) if resume_state else 0
+    look_ahead(opt, model, train_set, validation, logger)
+    run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state,
+                   {'options': options, 'schedule_start': schedule_start})
     try:
         with dead_workers_named():
             finished = run.loop(stop)
@@ -129,9 +135,10 @@ def delete_old_checkpoints(opt: dict, keep: int) -> None:
 class Training:
     """The loop over iterations, and what happens around one: logging, saving, validation."""
 
-    def __init__(self, opt, model, train_set, validation, tb_logger, logger, resume_state):
+    def __init__(self, opt, model, train_set, validation, tb_logger, logger, resume_state, kept):
         self.opt, self.model, self.validation = opt, model, validation
         self.tb_logger, self.logger = tb_logger, logger
+        self.kept = {**kept, 'images': len(train_set)}  # in every training state
         self.iteration = resume_state['iter'] if resume_state else 0
         self.total = int(opt['train']['total_iter'])
         self.data_opt = opt['datasets']['train']
@@ -144,6 +151,10 @@ class Training:
         self.loader = self._build_loader(train_set)
         self.messages = MessageLogger(opt, self.iteration + 1, tb_logger)
         self.messages.max_iters = self.total + 1  # upstream's ETA is one iteration short, "-1 day" at the last
+        images = (resume_state or {}).get('images', len(train_set))
+        if images != len(train_set):
+            logger.info(f'The training set held {images} images so far and holds {len(train_set)}: it goes on in '
+                        'another stream of samples')
         before = (resume_state or {}).get('step_size', self.step_size)
         if before != self.step_size:
             logger.info(f'The run took {before} samples an iteration so far and takes {self.step_size} from here on: '
@@ -217,7 +228,8 @@ class Training:
             self.iteration += 1
             # What the model itself draws (degradations on the device, dropout) also depends on the iteration alone.
             seed_all(mix_seed(self.opt['manual_seed'], -1, self.iteration, self.opt['rank']))
-            self.model.update_learning_rate(self.iteration, warmup_iter=self.opt['train'].get('warmup_iter', -1))
+            self.model.update_learning_rate(self.iteration - self.kept['schedule_start'],
+                                            warmup_iter=self.opt['train'].get('warmup_iter', -1))
             self.model.feed_data(data)
             with one_size(self.opt):
                 self.model.optimize_parameters(self.iteration)
@@ -236,16 +248,31 @@ class Training:
     def save(self, validation_due: bool = False) -> None:
         self.logger.info('Saving models and training states.')
         self.model.progress = {'samples': self.samples, 'step_size': self.step_size, 'validation_due': validation_due,
-                               'imports': plugins.imported()}
+                               'imports': plugins.imported(), **self.kept}
         self.model.save(self.epoch, self.iteration)
         if self.opt['logger'].get('keep_last') and self.opt['rank'] == 0:
             delete_old_checkpoints(self.opt, keep=self.opt['logger']['keep_last'])
 
     def validate(self) -> bool:
-        """Measure on every validation set; tell whether no signal came in between."""
+        """Measure on every validation set; tell whether no signal came in between.
+
+        Raises:
+            UserError: It failed on some process; the training is saved up to here.
+        """
+        failure = None
         try:
             for loader in self.validation.values():
                 self.model.validation(loader, self.iteration, self.tb_logger, self.opt['val'].get('save_img', False))
         except Interrupted:
             return False
+        except Exception as error:
+            if isinstance(error, RunLost) or is_loss(error):
+                raise
+            failure = error
+        # The models of the toolbox's own validate on the first process alone.
+        told = gather(failure and (str(failure) if isinstance(failure, UserError) else repr(failure)))
+        if wrong := next(filter(None, told), None):
+            self.save(validation_due=True)
+            raise UserError(f'the validation at iteration {self.iteration} failed: {wrong}; the training is saved up '
+                            'to here: mend it and go on with --auto_resume') from failure
         return True

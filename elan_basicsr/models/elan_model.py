@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from elan_basicsr import inference
-from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import load_into
 from elan_basicsr.errors import UserError
 from elan_basicsr.models.saving import WholeFiles
@@ -25,6 +24,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info, master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 
+TOOLBOX_SCHEDULERS = ('MultiStepLR', 'MultiStepRestartLR', 'CosineAnnealingRestartLR')
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -48,7 +48,7 @@ class ELANModel(WholeFiles, SRModel):
     - `train.amp`: `bf16` or `fp16` (a GPU only).
     - `train.accumulate`: the batch of an iteration is worked off in so many equal parts; their gradients are averaged.
     - `train.grad_clip`: largest L2 norm of the gradient.
-    - `train.optim_g.type`: any optimizer of `torch.optim`.
+    - `train.optim_g.type`: any optimizer of `torch.optim`; `train.scheduler.type`: any of `torch.optim.lr_scheduler`.
     - `compile`: run the network through `torch.compile`.
     - `sync_bn`: BatchNorm statistics over all processes.
     - `val.tile`, `val.tile_overlap`: LR pixels; restore large images in tiles.
@@ -76,13 +76,11 @@ class ELANModel(WholeFiles, SRModel):
         return net
 
     def load_network(self, net, load_path, strict=True, param_key='params'):
-        """Load a checkpoint of any form that `elan_basicsr.checkpoint` reads; other networks load as in SRModel."""
+        """Load a checkpoint of any form that `elan_basicsr.checkpoint` reads."""
         bare = self.get_bare_model(net)
-        if not isinstance(bare, ELAN):
-            return super().load_network(net, load_path, strict, param_key)
         missing = load_into(bare, load_path, strict=strict, param_key=param_key)
         logger = get_root_logger()
-        logger.info(f'Loading ELAN from {load_path}, with param key: [{param_key}].')
+        logger.info(f'Loading {type(bare).__name__} from {load_path}.')
         if missing:
             logger.warning(f'Not loaded from {load_path} (absent or of another shape): {", ".join(missing)}')
 
@@ -92,6 +90,22 @@ class ELANModel(WholeFiles, SRModel):
         if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
             raise UserError(f'train.optim_g.type: torch.optim has no optimizer {optim_type!r}')
         return optimizer(params, lr=lr, **kwargs)
+
+    def setup_schedulers(self):
+        """Any scheduler of `torch.optim.lr_scheduler` as well, by its name."""
+        section = dict(self.opt['train']['scheduler'])
+        if section['type'] in TOOLBOX_SCHEDULERS:
+            super().setup_schedulers()
+            return
+        scheduler = getattr(torch.optim.lr_scheduler, section.pop('type'))
+        self.schedulers = [scheduler(optimizer, **section) for optimizer in self.optimizers]
+
+    def update_learning_rate(self, current_iter, warmup_iter=-1):
+        """Upstream's, where a schedule that goes on from its rate before does not take the warm-up's for that."""
+        for scheduler in self.schedulers if 1 < current_iter <= warmup_iter else ():
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group['lr'] = rate
+        super().update_learning_rate(current_iter, warmup_iter)
 
     def setup_optimizers(self):
         super().setup_optimizers()

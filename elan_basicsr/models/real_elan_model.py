@@ -5,15 +5,18 @@ them run without a GPU, keeps the pool across a resume, and adds what ELANModel 
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from elan_basicsr.errors import UserError
 from elan_basicsr.models.elan_model import ELANModel
+from elan_basicsr.plain_values import is_count
 
 from basicsr.models.realesrgan_model import RealESRGANModel
 from basicsr.models.realesrnet_model import RealESRNetModel
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import DiffJPEG, USMSharp
+from basicsr.utils import DiffJPEG, USMSharp, get_root_logger, imwrite, tensor2img
 from basicsr.utils.registry import MODEL_REGISTRY
 
 _POOL = ('queue_lr', 'queue_gt', 'queue_ptr')
@@ -27,6 +30,31 @@ class _Degradations(ELANModel):
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
         self.usm_sharpener = USMSharp().to(self.device)
         self.queue_size = opt.get('queue_size', 180)
+
+    def feed_data(self, data):
+        super().feed_data(data)
+        wanted = (self.opt.get('logger') or {}).get('save_degraded')
+        if wanted and self.is_train and self.opt['rank'] == 0:
+            self._save_degraded(wanted)
+
+    def _save_degraded(self, wanted: int) -> None:
+        """Save the batch's LR images beside their ground truth until the run has so many of them."""
+        folder = Path(self.opt['path']['visualization'], 'degraded')
+        if not hasattr(self, '_degraded'):
+            self._degraded = len(list(folder.glob('*_lq.png')))  # of the run that is resumed
+        for lq, gt in zip(self.lq[:wanted - self._degraded], self.gt, strict=False) if self._degraded < wanted else ():
+            self._degraded += 1
+            for kind, image in (('lq', lq), ('gt', gt)):
+                imwrite(tensor2img([image]), str(folder / f'{self._degraded:04}_{kind}.png'))
+
+    def _pool_fits(self, pool: dict) -> bool:
+        """Whether a pool of an earlier start takes the batches of this one."""
+        size, batch = self.opt['gt_size'], self.opt['datasets']['train']['batch_size_per_gpu']
+        edges = {'queue_lr': size // self.opt['scale'], 'queue_gt': size}
+        filled = pool.get('queue_ptr')
+        return is_count(filled) and filled % batch == 0 and filled <= self.queue_size and all(
+            isinstance(value := pool.get(name), torch.Tensor) and value.dim() == 4
+            and (len(value), *value.shape[2:]) == (self.queue_size, edge, edge) for name, edge in edges.items())
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self):
@@ -55,6 +83,10 @@ class _Degradations(ELANModel):
     def resume_training(self, resume_state):
         super().resume_training(resume_state)
         pool = resume_state.get('pool', {})
+        if pool and not self._pool_fits(pool):
+            get_root_logger().info('The training pool begins empty: queue_size, gt_size or the batch is another than '
+                                   'it was')
+            return
         for name in (each for each in _POOL if each in pool):
             value = pool[name]
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)

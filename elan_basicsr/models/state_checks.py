@@ -109,13 +109,18 @@ def _is_switch(value) -> bool:
 
 
 def _alike(value, own) -> bool:
-    """Whether a value can stand where `own` stands: switches, numbers, texts, lists and tables of numbers."""
+    """Whether a value can stand where `own` stands: switches, numbers, the same text, lists and tables."""
     if _is_switch(own):
         return value is None or isinstance(value, bool)
     if isinstance(own, (int, float)):
         return is_number(value)
-    if isinstance(own, (list, tuple)):
+    if isinstance(own, (list, tuple)) and are_numbers(own):
         return are_numbers(value) and (len(value) == len(own) or isinstance(own, list))
-    if isinstance(own, dict):
+    if isinstance(own, dict) and are_numbers([*own, *own.values()]):
         return isinstance(value, dict) and are_numbers([*value, *value.values()])
-    return isinstance(value, type(own))
+    if isinstance(own, dict):
+        return isinstance(value, dict) and value.keys() == own.keys() and all(
+            _alike(value[key], own[key]) for key in own)
+    if isinstance(own, (list, tuple)):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_alike, value, own))
+    return isinstance(value, str) and value == own if isinstance(own, str) else isinstance(value, type(own))

@@ -1,7 +1,8 @@
 """Validation over all processes: each restores its share of the images, and every process knows the same figures."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import path as osp
 
 import torch.distributed as dist
@@ -32,6 +33,7 @@ def validate(model, dataset, current_iter: int | str, save_img: bool,
 
     Raises:
         Interrupted: `interrupted`, asked after each image, was true on some process.
+        UserError: An image cannot be read, restored, measured or saved on some process; all of them raise it.
     """
     rank, world_size = get_dist_info()
     metrics = model.opt['val'].get('metrics') or {}
@@ -39,21 +41,27 @@ def validate(model, dataset, current_iter: int | str, save_img: bool,
     values = {}
     with tqdm(total=len(dataset), unit='image', disable=not show, leave=False) as bar:
         for start in range(0, len(dataset), ROUND * world_size):
-            own = {}
+            own, wrong = {}, None
             for index in range(start + rank, min(start + ROUND * world_size, len(dataset)), world_size):
                 if interrupted():
                     break
-                own[index] = _restore_and_measure(model, dataset, index, current_iter, save_img, metrics)
-            shares = _gather((own, interrupted()))
-            if any(stop for _, stop in shares):
+                try:
+                    own[index] = restore_and_measure(model, dataset, index, current_iter if save_img else None)
+                except UserError as error:
+                    wrong = str(error)
+                    break
+            shares = gather((own, interrupted(), wrong))
+            if mistakes := [each for *_, each in shares if each]:
+                raise UserError(mistakes[0])
+            if any(stop for _, stop, _ in shares):
                 raise Interrupted
-            for share, _ in shares:
+            for share, *_ in shares:
                 values.update(share)
             bar.update(len(values) - bar.n)
     return {metric: sum(values[i][metric] for i in sorted(values)) / len(values) for metric in metrics}
 
 
-def _gather(value) -> list:
+def gather(value) -> list:
     """What every process gives, by rank."""
     world_size = get_dist_info()[1]
     values = [value] * world_size
@@ -62,13 +70,34 @@ def _gather(value) -> list:
     return values
 
 
-def _restore_and_measure(model, dataset, index: int, current_iter, save_img: bool, metrics: dict) -> dict[str, float]:
-    data = default_collate([dataset[index]])
-    restored, gt = restore(model, data)
+def restore_and_measure(model, dataset, index: int, save_as: int | str | None = None) -> dict[str, float]:
+    """The metrics `val.metrics` of one image of `dataset`, which is saved if `save_as` names an iteration or a test.
+
+    Raises:
+        UserError: It cannot be read, restored, measured or saved.
+    """
+    title = dataset.opt['name']
+    with _failure_named(f'{title}: image {index} cannot be read'):
+        data = default_collate([dataset[index]])
     name = osp.splitext(osp.basename(data['lq_path'][0]))[0]
-    if save_img:
-        imwrite(restored, image_path(model.opt, dataset.opt['name'], name, current_iter))
-    return _measure(metrics, restored, gt, dataset.opt['name'], name)
+    with _failure_named(f'{title}: image {name} cannot be restored'):
+        restored, gt = restore(model, data)
+    if save_as is not None:
+        with _failure_named(f'{title}: image {name} cannot be saved'):
+            imwrite(restored, image_path(model.opt, title, name, save_as))
+    return _measure(model.opt['val'].get('metrics') or {}, restored, gt, title, name)
+
+
+@contextmanager
+def _failure_named(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a UserError of one line: metrics and readers fail in every way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ['']
+        raise UserError(f'{what}: {type(error).__name__}{lines[0] and ": "}{lines[0]}') from error
 
 
 def restore(model, data: dict):
@@ -99,4 +128,9 @@ def _measure(metrics: dict, restored, gt, dataset_name: str, name: str) -> dict[
         raise UserError(f'{dataset_name}: image {name}: the network gives {restored.shape[1]}x{restored.shape[0]} '
                         f'pixels, the ground truth has {gt.shape[1]}x{gt.shape[0]}; do the scale of the data and that '
                         'of the network agree?')
-    return {metric: float(calculate_metric(images, options)) for metric, options in metrics.items()}
+    values = {}
+    for metric, options in metrics.items():
+        size = f'{restored.shape[1]}x{restored.shape[0]}'
+        with _failure_named(f'val.metrics.{metric} cannot be computed on {dataset_name}: image {name} of {size}'):
+            values[metric] = float(calculate_metric(images, options))
+    return values

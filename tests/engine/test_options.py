@@ -388,7 +388,12 @@ WRONG = [
     ('lr: !!float 2e-4', 'lr: !!float fast', '', "'fast' is no float"),
     ('betas: [0.9, 0.999]', 'betas: [0.9, 1.5]', 'train.optim_g.betas', 'expected two numbers from 0 to below 1'),
     ('betas: [0.9, 0.999]', 'beta: [0.9, 0.999]', 'train.optim_g.beta', 'did you mean betas?'),
-    ('type: MultiStepLR', 'type: StepLR', 'train.scheduler.type', "no scheduler 'StepLR'; did you mean MultiStepLR"),
+    ('type: MultiStepLR', 'type: MultStepLR', 'train.scheduler.type', "no scheduler 'MultStepLR'; did you mean Multi"),
+    ('type: MultiStepLR', 'type: ReduceLROnPlateau', 'train.scheduler.type', "no scheduler 'ReduceLROnPlateau'"),
+    ('type: MultiStepLR', 'type: StepLR', 'train.scheduler.milestones', 'StepLR has no such argument'),
+    ('type: MultiStepLR\n    milestones: [10, 20]\n    gamma: 0.5',
+     'type: OneCycleLR\n    max_lr: 0.1\n    total_steps: 20', 'train.scheduler',
+     'is over after 20 iterations, expected at least train.total_iter, 30'),
     ('milestones: [10, 20]', 'milestones: 10', 'train.scheduler.milestones', 'is 10, expected a list of iterations'),
     ('    milestones: [10, 20]\n', '', 'train.scheduler', 'milestones is missing, which MultiStepLR needs'),
     ('type: MultiStepLR\n    milestones: [10, 20]\n    gamma: 0.5', 'type: CosineAnnealingRestartLR\n    periods: [20]',
@@ -500,6 +505,8 @@ def test_models_of_the_toolbox_do_not_take_what_they_would_pass_over():
     text = TRAIN.replace('ELANModel', 'SRModel')
     with pytest.raises(UserError, match='train.amp: SRModel does not know it'):
         load_options(write(text), is_train=True, overrides=['train.amp=bf16'])
+    with pytest.raises(UserError, match='train.scheduler.type: SRModel of BasicSR 1.4.2 does not know StepLR; use'):
+        load_options(write(text), is_train=True, overrides=['train.scheduler={type: StepLR, step_size: 9}'])
     with pytest.raises(UserError, match='train.optim_g.type: SRModel of BasicSR 1.4.2 trains with Adam only'):
         load_options(write(text.replace('type: Adam', 'type: AdamW')), is_train=True)
     assert load_options(write(TRAIN.replace('type: Adam', 'type: AdamW')), is_train=True)

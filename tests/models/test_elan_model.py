@@ -203,6 +203,17 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_weights_of_any_network_must_be_numbers(make, tmp_path):
+    edsr = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+    state = make({'network_g': edsr}).net_g.state_dict()
+    torch.save({'params': state}, tmp_path / 'sound.pth')
+    state['conv_first.weight'][0, 0] = float('nan')
+    torch.save({'params': state}, tmp_path / 'broken.pth')
+    assert make({'network_g': edsr, 'path.pretrain_network_g': 'sound.pth'}).net_g
+    with pytest.raises(UserError, match='broken.pth: .*conv_first.weight'):
+        make({'network_g': edsr, 'path.pretrain_network_g': 'broken.pth'})
+
+
 def test_a_part_that_is_no_number_changes_nothing(make):
     """The losses of all parts are looked at before the weights change."""
     for broken in (0, 3):

@@ -57,6 +57,32 @@ def test_a_pool_that_batches_cannot_fill_is_one_line(sub_images, tmp_path, monke
     assert len(errors) == 1 and 'queue_size' in errors[0]
 
 
+def test_some_degraded_images_are_kept_beside_their_ground_truth(sub_images, tmp_path, monkeypatch):
+    """As many as asked for of a run, however often it is resumed."""
+    monkeypatch.chdir(tmp_path)
+    name = 'train_RealELANNet_x4'
+    assert run(name, sub_images, 'logger.save_degraded=5', 'train.total_iter=2') == 0
+    folder = Path('experiments', name, 'visualization', 'degraded')
+    names = [f'000{n}_{kind}.png' for n in (1, 2, 3, 4) for kind in ('gt', 'lq')]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert cv2.imread(str(folder / '0001_lq.png')).shape == (16, 16, 3)
+    assert cv2.imread(str(folder / '0001_gt.png')).shape == (64, 64, 3)
+    before = (folder / '0001_lq.png').read_bytes()
+    again = [f'datasets.train.dataroot_gt={sub_images}', *SMALL, 'logger.save_degraded=5', 'train.total_iter=4']
+    assert main(['train', '-opt', str(ROOT / 'options' / f'{name}.yml'), '--auto_resume', '--set', *again]) == 0
+    assert len(list(folder.iterdir())) == 10 and (folder / '0001_lq.png').read_bytes() == before
+
+
+@pytest.mark.parametrize('change', ['datasets.train.batch_size_per_gpu=4', 'gt_size=32', 'queue_size=8'])
+def test_a_pool_that_fits_no_longer_begins_empty(sub_images, tmp_path, monkeypatch, capfd, change):
+    """Half full with two pairs of 64x64, it takes neither batches of four nor other patches."""
+    monkeypatch.chdir(tmp_path)
+    assert run('train_RealELANNet_x4', sub_images, 'train.total_iter=1') == 0
+    assert main(['train', '-opt', str(ROOT / 'options' / 'train_RealELANNet_x4.yml'), '--auto_resume', '--set',
+                 f'datasets.train.dataroot_gt={sub_images}', *SMALL, 'train.total_iter=4', change]) == 0
+    assert 'The training pool begins empty' in capfd.readouterr().err
+
+
 def test_validation_takes_pairs_as_they_are(sub_images, options, tmp_path):
     val = options['datasets']['val']
     lr = sorted(Path(val['dataroot_lq']).iterdir())
