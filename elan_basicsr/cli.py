@@ -360,17 +360,27 @@ def _add_data_benchmark(commands) -> None:
 
 def _add_data_verify(commands) -> None:
     parser = _command(commands, 'verify', 'read every image of LMDBs, folders or an option file',
-                      'basicsr data verify -opt options/train_ELAN_light_x4.yml')
+                      'basicsr data verify -opt options/train_ELAN_light_x4.yml\n'
+                      '  basicsr data verify photos/HR photos/LR --scale 4')
     parser.add_argument('paths', nargs='*', metavar='PATH', help='LMDBs or folders of images')
-    parser.add_argument('-opt', metavar='FILE', help='an option file, whose data sets are verified in pairs')
+    parser.add_argument('--scale', type=_positive, metavar='N',
+                        help='the two paths are the HR and the LR images of pairs of this scale')
+    parser.add_argument('-opt', metavar='FILE', help='an option file, whose data sets are opened as a training does')
+    parser.add_argument('--set', dest='overrides', nargs='+', action='extend', default=[], metavar='KEY.SUB=VALUE',
+                        help='override options of the file')
     _add_import(parser)
 
     def call(args: argparse.Namespace) -> int:
-        from elan_basicsr.config.reader import read_yaml
+        from elan_basicsr.config.reader import apply_overrides, read_yaml
+        from elan_basicsr.config.schema import expand_paths
         from elan_basicsr.data.verify import verify
         if not args.paths and not args.opt:
             raise UserError('data verify: nothing to verify; expected paths, or -opt FILE')
-        return verify(args.paths, read_yaml(args.opt)[0] if args.opt else None)
+        if not args.opt:
+            return verify(args.paths, scale=args.scale)
+        opt, source = read_yaml(args.opt)
+        apply_overrides(opt, source, args.overrides)
+        return verify(args.paths, expand_paths(opt), args.scale)
 
     parser.set_defaults(call=call)
 

@@ -310,6 +310,87 @@ def memcached_path() -> bool:
     return True
 
 
+def pairing() -> bool:
+    """The toolbox pairs whatever lies in two folders, by suffixes that have to agree, and says of a failure how many
+    files there are; a list of images is cut at blanks, and what it lists is looked for when it is its turn.
+
+    No upstream report. Ours (`elan_basicsr.data.pairing`) takes images only, and names what has no partner.
+    """
+    from basicsr.data import data_util, paired_image_dataset, realesrgan_paired_dataset, single_image_dataset
+
+    def paired_paths_from_folder(folders, keys, filename_tmpl):
+        from elan_basicsr.data.pairing import pair_folders  # ours, when everything is there
+        return pair_folders(folders, keys, filename_tmpl)
+
+    def paired_paths_from_meta_info_file(folders, keys, meta_info_file, filename_tmpl):
+        from elan_basicsr.data.pairing import pair_listed
+        return pair_listed(folders, keys, meta_info_file, filename_tmpl)
+
+    def paired_paths_from_lmdb(folders, keys):
+        from elan_basicsr.data.pairing import pair_lmdbs
+        for folder in folders:
+            if not folder.endswith('.lmdb'):
+                raise ValueError(f'{folder}: expected an LMDB, whose folder ends with .lmdb')
+        return pair_lmdbs(folders, keys)
+
+    def scandir(folder, full_path):
+        from elan_basicsr.data.pairing import images_of
+        return [os.path.join(folder, name) for name in images_of(folder)]
+
+    for function in (paired_paths_from_folder, paired_paths_from_meta_info_file, paired_paths_from_lmdb):
+        for module in (data_util, paired_image_dataset, realesrgan_paired_dataset):
+            if hasattr(module, function.__name__):
+                setattr(module, function.__name__, function)
+    vars(single_image_dataset)['scandir'] = scandir
+    return True
+
+
+def lmdb_keys() -> bool:
+    """`LmdbBackend.get` takes ASCII keys only, and gives None for one that is not there, on which decoding fails.
+
+    No upstream report. Keys are UTF-8, as LMDBs made of other names have them, and a missing one is a ValueError.
+    """
+    from basicsr.utils.file_client import LmdbBackend
+
+    def get(self, filepath, client_key):
+        with self._client[client_key].begin(write=False) as transaction:
+            record = transaction.get(str(filepath).encode())
+        if record is None:
+            path = dict(zip(self._client, self.db_paths, strict=True))[client_key]
+            raise ValueError(f'{path}: {filepath}: is listed in meta_info.txt but not there')
+        return record
+
+    LmdbBackend.get = get
+    return True
+
+
+def real_esrgan_folder() -> bool:
+    """`RealESRGANDataset` takes images of a folder only by a list, `meta_info`; of one that is missing it takes others
+    at random, and fails after three.
+
+    No upstream report. Without `meta_info` all images of the folder are taken; what is missing is named at the start.
+    """
+    from basicsr.data.realesrgan_dataset import RealESRGANDataset
+    upstream = RealESRGANDataset.__init__
+
+    @functools.wraps(upstream)
+    def __init__(self, opt):
+        if opt['io_backend']['type'] == 'lmdb':
+            upstream(self, opt)
+            return
+        from elan_basicsr.data.pairing import Unpaired, images_of, listed
+        folder, list_file = opt['dataroot_gt'], opt.get('meta_info')
+        upstream(self, {**opt, 'meta_info': os.devnull})
+        names = listed(list_file, folder) if list_file else images_of(folder)
+        self.paths = [os.path.join(folder, name) for name in names]
+        missing = [path for path in self.paths if not os.path.isfile(path)]
+        if missing:
+            raise Unpaired([], [f'{path}: is not there' for path in missing])
+
+    RealESRGANDataset.__init__ = __init__
+    return True
+
+
 # Module of basicsr 1.3.4.9 -> those of 1.4.2 that hold its functions and classes.
 MOVED = {
     'utils.matlab_functions': ('utils.color_util',),
@@ -342,7 +423,7 @@ def moved_names() -> bool:
 
 REPAIRS = (image_size_limit, functional_tensor, ndimage_filters, jpeg_quality, filter2d_layout, image_errors, safe_yaml,
            force_yml, safe_torch_load, memcached_path, resume_without_gpu, ddp_without_gpu, process_group_without_gpu,
-           moved_names)
+           pairing, lmdb_keys, real_esrgan_folder, moved_names)
 applied: dict[str, bool] = {}
 
 

@@ -15,7 +15,8 @@ from elan_basicsr.config.parts import DATASET, DATASET_KEYS, MODEL, PATCH_KEYS, 
 from elan_basicsr.config.reader import Path_, Source
 from elan_basicsr.config.schema import DEGRADATIONS, is_int, mistakes
 from elan_basicsr.config.trials import try_loss, try_metric, try_network, try_optimizer, try_scheduler
-from elan_basicsr.errors import nearest
+from elan_basicsr.data.roots import OF_A_ROOT, split
+from elan_basicsr.errors import UserError, nearest
 from elan_basicsr.interop.weights import is_known, names
 from elan_basicsr.models.elan_model import TOOLBOX_SCHEDULERS
 
@@ -30,6 +31,7 @@ COMPILES_CHECKPOINTS = '2.11'  # of torch's versions, the first that was seen to
 BENCHMARKS = ('Set5', 'Set14', 'B100', 'BSD100', 'Urban100', 'Manga109')
 LAYOUTS = (('_raw.lmdb', 'a raw LMDB', 'PairedRawLmdbDataset'),
            ('_sub.lmdb', 'an LMDB of sub-images', 'PairedImageDataset'))
+REAL_ESRGAN_CROP = 400  # RealESRGANDataset's own constant
 PAIRED = ('PairedImageDataset', 'PairedRawLmdbDataset')
 OURS = ('train.amp', 'train.accumulate', 'train.grad_clip', 'val.tile', 'val.tile_overlap', 'val.self_ensemble',
         'val.save_best', 'logger.keep_last', 'compile', 'sync_bn')
@@ -109,14 +111,18 @@ def _check_dataset(opt: dict, phase: str, source: Source) -> None:
 
 def _check_data_files(dataset: dict, key: Path_, source: Source) -> None:
     is_lmdb = dataset['type'] == 'PairedRawLmdbDataset' or dataset.get('io_backend', {}).get('type') == 'lmdb'
-    for name in ('dataroot_gt', 'dataroot_lq'):
-        if isinstance(dataset.get(name), str):
-            wrong = _wrong_folder(osp.expanduser(dataset[name]), dataset['type'], is_lmdb)
+    try:
+        roots = split(dataset)
+    except UserError as error:
+        raise source.error(key, str(error)) from None
+    for root in roots:
+        for name in [name for name in OF_A_ROOT if name in root]:
+            if name.startswith('dataroot_'):
+                wrong = _wrong_folder(root[name], dataset['type'], is_lmdb)
+            else:
+                wrong = None if osp.isfile(root[name]) else 'no such file, expected the list of images'
             if wrong:
-                raise source.error((*key, name), f'{osp.expanduser(dataset[name])}: {wrong}')
-    for name in ('meta_info', 'meta_info_file'):
-        if dataset.get(name) is not None and not osp.isfile(dataset[name]):
-            raise source.error((*key, name), f'{dataset[name]}: no such file, expected the list of images')
+                raise source.error((*key, name), f'{root[name]}: {wrong}')
 
 
 def _wrong_folder(path: str, dataset: str, is_lmdb: bool) -> str | None:
@@ -170,6 +176,8 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     for section, key in (('', 'network_d'), ('train', 'optim_d'), ('train', 'gan_opt')) if adversarial else ():
         if not (train if section else opt).get(key):
             raise source.error(section or 'model_type', f'section {key} is missing, which {name} needs')
+    if issubclass(model, (RealESRNetModel, RealESRGANModel)):
+        _check_patches_of_real_esrgan(opt, source)
     if opt.get('compile'):
         _check_compile(opt, source)
     losses = [key for key, value in train.items() if key.endswith('_opt') and value]
@@ -201,6 +209,16 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
                                                 'leave the key out')
 
 
+def _check_patches_of_real_esrgan(opt: dict, source: Source) -> None:
+    """The toolbox's RealESRGANDataset cuts images to a fixed size, out of which the model cuts patches."""
+    name, size = opt['datasets']['train']['type'], opt.get('gt_size', 0)
+    if name == 'RealESRGANDataset' and size > REAL_ESRGAN_CROP:
+        method = DATASET.registered()[name].__getitem__
+        if REAL_ESRGAN_CROP in method.__code__.co_consts:  # not so in somebody's own
+            raise source.error('gt_size', f'is {size}, expected at most {REAL_ESRGAN_CROP}, to which {name} cuts every '
+                                          'image; take smaller patches, or a dataset of your own')
+
+
 def _check_validation(opt: dict, used: list[str], source: Source) -> None:
     val = opt.get('val') or {}
     metrics = val.get('metrics') or {}
@@ -216,9 +234,8 @@ def _check_validation(opt: dict, used: list[str], source: Source) -> None:
 def _check_files(paths: dict, source: Source) -> None:
     for name, value in paths.items():
         if isinstance(value, str) and (name.startswith('pretrain_network_') or name == 'resume_state'):
-            path = osp.expanduser(value)
             is_state = name == 'resume_state'
-            if not osp.isfile(path) and (is_state or not is_known(value)):
-                found = 'is a folder' if osp.isdir(path) else 'no such file'
+            if not osp.isfile(value) and (is_state or not is_known(value)):
+                found = 'is a folder' if osp.isdir(value) else 'no such file'
                 what = 'a training state (training_states/….state)' if is_state else f'a checkpoint, or {names(value)}'
                 raise source.error(('path', name), f'{value}: {found}, expected {what}')

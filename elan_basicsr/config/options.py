@@ -9,7 +9,7 @@ import torch
 
 from elan_basicsr.config.checks import check
 from elan_basicsr.config.reader import Source, apply_overrides, read_yaml
-from elan_basicsr.config.schema import KEYS, check_keys
+from elan_basicsr.config.schema import KEYS, check_keys, expand_paths
 from elan_basicsr.interop import plugins
 from elan_basicsr.interop.weights import local_file
 
@@ -41,6 +41,7 @@ def load_options(file: str | os.PathLike, *, is_train: bool, overrides=(), force
     apply_overrides(opt, source, overrides, force_yml)
     if isinstance(opt.get('datasets'), dict):  # `--set datasets.test_5=~` leaves a set out
         opt['datasets'] = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset is not None}
+    opt = expand_paths(opt)
     check_keys(opt, source, is_train)
     check(opt, source, is_train)
     opt.update(is_train=is_train, auto_resume=auto_resume, root_path=osp.abspath(root or os.getcwd()))
@@ -87,19 +88,14 @@ def _complete_datasets(opt: dict) -> None:
         dataset.setdefault('name', phase)
         if 'scale' in opt:
             dataset['scale'] = opt['scale']
-        for key, value in dataset.items():
-            if key.startswith('dataroot_') and isinstance(value, str):
-                dataset[key] = osp.expanduser(value)
 
 
 def _complete_paths(opt: dict) -> None:
     """The folders of the run, under `root_path`, named as the toolbox names them."""
     path = opt['path']
     for key, value in path.items():
-        if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
-            path[key] = osp.expanduser(value)
-            if key.startswith('pretrain_network_'):
-                path[key] = str(local_file(path[key]))
+        if isinstance(value, str) and key.startswith('pretrain_network_'):
+            path[key] = str(local_file(value))
     if opt['is_train']:
         run = osp.join(_folder(opt, 'experiments'), opt['name'])
         path.update(experiments_root=run, models=osp.join(run, 'models'),
@@ -117,7 +113,7 @@ def _complete_paths(opt: dict) -> None:
 def _folder(opt: dict, kind: str) -> str:
     """Where the runs lie: as `path.KIND_root` says, else in KIND under the root."""
     chosen = opt['path'].get(f'{kind}_root')
-    return osp.join(opt['root_path'], osp.expanduser(chosen) if chosen else kind)
+    return osp.join(opt['root_path'], chosen or kind)
 
 
 def _complete_frequencies(opt: dict) -> None:

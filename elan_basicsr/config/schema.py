@@ -5,11 +5,13 @@ editors complete and check with, `options/schema.json`, and the page `docs/optio
 """
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from os import path as osp
 
 from elan_basicsr import dependencies
 from elan_basicsr.config.reader import Path_, Source, shown
@@ -55,6 +57,8 @@ NAME = kind('a text without / that can name a folder', type='string', format='fi
 NO_CODE = kind('nothing, for the Python code in that folder would be run; use PYTHONPATH', type='null')
 FILE_SUFFIX = kind('a text without /, or null for none', **_TEXT_OR_NONE, **{'not': {'type': 'string', 'pattern': '/'}})
 PATH = kind('a path, or null for none', **_TEXT_OR_NONE)
+PATHS = kind('a path, a list of paths, or null for none',
+             anyOf=[_TEXT_OR_NONE, {'type': 'array', 'items': _TEXT, 'minItems': 1}])
 SWITCH = kind('true or false', type='boolean')
 COUNT = kind('an integer from 1', type='integer', minimum=1)
 SCALE = kind('an integer from 1 to 64', type='integer', minimum=1, maximum=64)
@@ -102,11 +106,12 @@ KEYS: dict[str, tuple] = {
     'datasets.*': (SECTION, 'A data set; the name starts with train, val or test.'),
     'datasets.*.name': (NAME, 'What the log and the folder of its images call it.'),
     'datasets.*.type': (type_of('a dataset such as PairedImageDataset'), 'The class that reads it.'),
-    'datasets.*.dataroot_gt': (PATH, 'Folder or LMDB of the ground truth (HR).'),
-    'datasets.*.dataroot_lq': (PATH, 'Folder or LMDB of the LR images.'),
-    'datasets.*.filename_tmpl': (TEMPLATE, "Name of an LR image, with {} for the HR image's, such as '{}x4'.", '{}'),
-    'datasets.*.meta_info_file': (PATH, 'A file that lists the images; without it all in the folder are taken.'),
-    'datasets.*.meta_info': (PATH, 'A file that lists the images, for the datasets of Real-ESRGAN.'),
+    'datasets.*.dataroot_gt': (PATHS, 'Folder or LMDB of the ground truth (HR), or a list of them.'),
+    'datasets.*.dataroot_lq': (PATHS, 'Folder or LMDB of the LR images, or a list in the order of dataroot_gt.'),
+    'datasets.*.filename_tmpl': (TEMPLATE, "Name of an LR image, with {} for the HR image's, such as '{}_small'; "
+                                           'other suffixes and endings such as x4 or _LR are found without it.', '{}'),
+    'datasets.*.meta_info_file': (PATHS, 'A file that lists the images; without it all in the folder are taken.'),
+    'datasets.*.meta_info': (PATHS, 'The same, for the datasets of Real-ESRGAN.'),
     'datasets.*.io_backend': (SECTION, 'How images are read.'),
     'datasets.*.io_backend.type': (_one_of('disk', 'lmdb', 'memcached'), 'Files in a folder, an LMDB, or memcached.'),
     'datasets.*.io_backend.sys_path': (NO_CODE, 'Refused: a folder of Python code.'),
@@ -210,6 +215,8 @@ KEYS: dict[str, tuple] = {
     'dist_params.port': (COUNT, 'Port of the first process, under SLURM.', 29500),
     'dist_params.timeout': (POSITIVE, 'Seconds that processes wait for each other.', 600),
 }
+
+PATH_KEYS = [key for key, (what, *_) in KEYS.items() if what in (PATH, PATHS)]
 
 REQUIRED = ('name', 'model_type', 'datasets', 'network_g')
 REQUIRED_TO_TRAIN = ('train', 'train.total_iter', 'train.optim_g', 'train.optim_*.lr', 'train.scheduler',
@@ -360,6 +367,16 @@ def _judge_unknown(error: ValidationError, key: Path_, source: Source) -> str:
         near = near or nearest(key[-1], names)
         return f'there is no such key{f"; did you mean {near}?" if near else ""}'
     return f'unknown key; did you mean {near}?' if near else ''
+
+
+def expand_paths(value, above: str = ''):
+    """The options with `~` and `$NAME` filled in wherever a path stands; a variable that is not set stays as it is."""
+    if isinstance(value, dict):
+        return {key: expand_paths(each, f'{above}.{key}' if above else key) for key, each in value.items()}
+    if isinstance(value, list):
+        return [expand_paths(each, above) for each in value]
+    is_path = isinstance(value, str) and any(fnmatch.fnmatchcase(above, key) for key in PATH_KEYS)
+    return osp.expandvars(osp.expanduser(value)) if is_path else value
 
 
 def check_keys(opt: dict, source: Source, is_train: bool) -> None:

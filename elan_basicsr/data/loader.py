@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
-from elan_basicsr.data.sampling import SeededDataset, StreamSampler, ToolboxDataset, unreadable_named
+from elan_basicsr.data.sampling import SeededDataset, StreamSampler, ToolboxDataset
 from elan_basicsr.errors import RunLost
 
 PREFETCH = 3  # batches that a worker makes ahead
@@ -47,7 +46,7 @@ class PatchLoader:
                  context: str | None = None):
         context = context or ('fork' if sys.platform == 'linux' else None)
         self._bytes = None
-        if isinstance(dataset, PairedRawLmdbDataset) and (shapes := dataset.batch_shapes):
+        if shapes := getattr(dataset, 'batch_shapes', None):
             self._bytes = _ByteBatches(dataset, shapes, sampler.batch_size, workers)
         self._loader = DataLoader(
             SeededDataset(dataset) if self._bytes is None else self._bytes, batch_size=sampler.batch_size,
@@ -140,7 +139,7 @@ def _as_it_is(batch):
 class _ByteBatches(Dataset):
     """Batches of (index, seed) pairs, written as bytes into slots of memory that all processes of the loader share."""
 
-    def __init__(self, dataset: PairedRawLmdbDataset, shapes: tuple, batch_size: int, workers: int):
+    def __init__(self, dataset, shapes: tuple, batch_size: int, workers: int):
         self.dataset = dataset
         self.turn = 0
         slots = SLOTS * workers or 1
@@ -160,8 +159,7 @@ class _ByteBatches(Dataset):
         rows = []
         for i, (index, seed) in enumerate(keys):
             random.seed(seed)
-            with unreadable_named(self.dataset, index):
-                rows.append(self.dataset.fill(index, lq[i], gt[i]))
+            rows.append(self.dataset.fill(index, lq[i], gt[i]))
         random.setstate(state)
         return {'slot': slot} | {name: [row[name] for row in rows] for name in rows[0]}
 

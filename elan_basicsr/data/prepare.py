@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from elan_basicsr.data import raw_lmdb
 from elan_basicsr.data.images import Changes, find_images, read_bgr, say_what_is_left_out
+from elan_basicsr.data.pairing import core, header_sizes, misfit
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import UserError
 
@@ -71,7 +73,7 @@ def build(*, hr: str | os.PathLike, out: str | os.PathLike, scales: Iterable[int
     for scale in scales:
         target = Path(out) / f'{prefix}LR_{"BD" if blur else "bicubic"}_X{scale}_{suffix}.lmdb'
         counts = differing.setdefault(target, []) if compare else None
-        source = _lr_source(images, lr, scale, len(scales), multiple, counts, blur)
+        source = _lr_source(images, lr, scale, len(scales), multiple, counts, blur)  # which compares sizes
         lmdbs.append(_Lmdb(target, layout, scale, source))
     _write(lmdbs, images, failed)
     for target, counts in differing.items():
@@ -115,24 +117,54 @@ def _lr_source(images: dict[str, Path], lr, scale: int, number: int, multiple: i
         folder = None  # LR images for other scales only
     if folder is None:
         return shrink
-    given = {key.removesuffix(f'x{scale}'): path for key, path in find_images(folder).items()}
-    absent = [key for key in images if key not in given]
-    if absent:
-        raise UserError(f'{folder}: no LR image for {len(absent)} HR images, the first: {", ".join(absent[:3])}')
-    keys = {path: key for key, path in images.items()}
+    given = _given_images(images, folder, scale)
+    headers = zip(given.items(), *(header_sizes(str(folder), [*map(str, paths)]) for paths in (given, given.values())),
+                  strict=True)
+    wrong = [problem for (path, file), gt, lq in headers
+             if gt and lq and (problem := _misfit(gt, lq, path, file, scale, multiple))]
+    if wrong:
+        raise UserError(f'{wrong[0]}{f"; {len(wrong) - 1} more like it" if wrong[1:] else ""}')
 
     def read(path: Path) -> np.ndarray:
-        h, w = _crop(read_bgr(path), multiple, path).shape[:2]
-        img = read_bgr(given[keys[path]])
-        if img.shape[0] < h // scale or img.shape[1] < w // scale:
-            raise UserError(f'{given[keys[path]]}: is {img.shape[1]}x{img.shape[0]}, expected {w // scale}x'
-                            f'{h // scale}, a {scale}th of its HR image')
+        hr, img = read_bgr(path), read_bgr(given[path])
+        if problem := _misfit(hr.shape[:2], img.shape[:2], path, given[path], scale, multiple):
+            raise UserError(problem)
+        h, w = _crop(hr, multiple, path).shape[:2]
         img = img[:h // scale, :w // scale]
         if differing is not None:
             differing.append(int((img != shrink(path)).sum()))
         return img
 
     return read
+
+
+def _given_images(images: dict[str, Path], folder: Path, scale: int) -> dict[Path, Path]:
+    """The LR images in a folder by the path of their HR image: with its name, or with the usual endings."""
+    given = find_images(folder)
+    cores = Counter(map(core, given))
+    by_core = {core(key): path for key, path in given.items() if cores[core(key)] == 1}
+    found = {path: given.get(f'{key}x{scale}') or given.get(key) or by_core.get(core(key))
+             for key, path in images.items()}
+    absent = [key for key, path in images.items() if found[path] is None]
+    if absent:
+        raise UserError(f'{folder}: no LR image for {len(absent)} HR images, the first: {", ".join(absent[:3])}; '
+                        f'expected {absent[0]} or {absent[0]}x{scale} with any suffix')
+    pairs = {path: file for path, file in found.items() if file}
+    left = sorted({*given.values()} - {*pairs.values()})
+    if left:
+        print(f'{folder}: {len(left)} images have no HR image and are left out, the first: {left[0].name}')
+    return pairs
+
+
+def _misfit(gt: tuple[int, ...], lq: tuple[int, ...], path: Path, file: Path, scale: int, multiple: int) -> str | None:
+    """What is wrong with the sizes of a pair, (height, width) each.
+
+    HR may have been cropped before, by any multiple of the scale, or not at all, when the bicubic rounds LR up.
+    """
+    if all(high // multiple * multiple // scale <= edge <= -(-high // scale)
+           for high, edge in zip(gt, lq, strict=True)):
+        return None
+    return misfit(gt, lq, str(path), str(file), scale)
 
 
 # ------------------------------------------------------------------------------------------------- records

@@ -75,6 +75,11 @@ def open_readonly(path: str | Path) -> lmdb.Environment:
     return environment
 
 
+def close(path: str | Path) -> None:
+    """Close an LMDB that `open_readonly` has opened, for others that want to open it in this process."""
+    _open.pop(os.path.realpath(path))[1].close()
+
+
 def read_keys(path: str | Path) -> list[str]:
     """The keys listed in `meta_info.txt`, in its order; a line is `KEY.EXT (H,W,C) LEVEL`."""
     with open(Path(path) / META, encoding='utf-8') as file:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
+from elan_basicsr.data.pairing import pair_lmdbs, wrong_sizes
 from elan_basicsr.data.raw_lmdb import decode, open_readonly, read_keys
 from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.errors import UserError
@@ -32,7 +33,7 @@ class PairedRawLmdbDataset(ToolboxDataset):
             `color: y`, `mean`, `std`.
 
     Raises:
-        UserError: The LMDBs cannot be read, or their keys differ.
+        UserError: The LMDBs cannot be read, or their keys differ (`Unpaired`).
     """
 
     def __init__(self, opt: dict):
@@ -44,17 +45,16 @@ class PairedRawLmdbDataset(ToolboxDataset):
         self._process: int | None = None
 
     def _matching_keys(self) -> list[str]:
-        keys = {}
-        for kind, root in self.roots.items():
+        for root in self.roots.values():
             if not osp.isfile(osp.join(root, 'data.mdb')):
                 raise UserError(f'{root}: no LMDB there, expected a raw one made by `basicsr data`')
-            keys[kind] = read_keys(root)
-        only = {kind: sorted(set(keys[kind]) - set(keys[other])) for kind, other in (('gt', 'lq'), ('lq', 'gt'))}
-        for kind, names in only.items():
-            if names:
-                raise UserError(f'{self.roots[kind]}: {len(names)} keys are not in the other LMDB, the first: '
-                                f'{", ".join(names[:3])}; run `basicsr data verify` and build both again')
-        return keys['gt']
+        pair_lmdbs([*self.roots.values()], [*self.roots])
+        return read_keys(self.roots['gt'])
+
+    @property
+    def paths(self) -> list[dict[str, str]]:
+        """The keys of each pair, as the toolbox's datasets have their paths."""
+        return [self._paths(index) for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,11 +89,19 @@ class PairedRawLmdbDataset(ToolboxDataset):
         plain = all(self.opt.get(key) is None for key in ('color', 'mean', 'std'))
         if self.opt['phase'] != 'train' or not plain:
             return None
-        first = self._images(0)[1]
-        if first.dtype != np.uint8:
+        if any(img.dtype != np.uint8 for index in range(len(self)) for img in self._images(index)):
             return None
-        size, channels = self.opt['gt_size'] // self.opt['scale'], first.shape[0]
+        size, channels = self.opt['gt_size'] // self.opt['scale'], self._images(0)[1].shape[0]
         return (channels, size, size), (channels, size * self.opt['scale'], size * self.opt['scale'])
+
+    def check_sizes(self) -> None:
+        """Look at the sizes of all pairs, of which only headers are read.
+
+        Raises:
+            UserError: Two do not belong together, or are smaller than a training patch.
+        """
+        for index in range(len(self)):
+            self._images(index)
 
     def _paths(self, index: int) -> dict[str, str]:
         return {'lq_path': self.keys[index], 'gt_path': self.keys[index]}
@@ -104,8 +112,9 @@ class PairedRawLmdbDataset(ToolboxDataset):
         if index not in self._views:
             key = self.keys[index]
             lq, gt = self._read('lq', key), self._read('gt', key)
-            if self.opt['phase'] == 'train':
-                self._check_sizes(lq, gt, key)
+            names = (f'{self.roots["gt"]}: {key}', f'{self.roots["lq"]}: {key}')
+            if problem := wrong_sizes(gt.shape[1:], lq.shape[1:], *names, self.opt):
+                raise UserError(problem)
             self._views[index] = lq, gt
         return self._views[index]
 
@@ -129,15 +138,6 @@ class PairedRawLmdbDataset(ToolboxDataset):
             return open_readonly(root).begin(buffers=True)
         except lmdb.Error as error:
             raise UserError(f'{root}: cannot be opened as an LMDB ({error}); build it again') from None
-
-    def _check_sizes(self, lq: np.ndarray, gt: np.ndarray, key: str) -> None:
-        scale, (h, w) = self.opt['scale'], lq.shape[1:]
-        if gt.shape[1:] != (h * scale, w * scale):
-            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, expected {w * scale}x'
-                            f'{h * scale}: {scale} times its LQ image')
-        if min(h, w) < self.opt['gt_size'] // scale:
-            raise UserError(f'{self.roots["gt"]}: image {key} is {gt.shape[2]}x{gt.shape[1]}, smaller than gt_size '
-                            f'{self.opt["gt_size"]}; leave it out or take smaller patches')
 
     def _draw_patch(self, lq: np.ndarray, gt: np.ndarray, outs: tuple = (None, None)) -> list[np.ndarray]:
         """Cut and augment LQ and GT alike, at random; new arrays, or those given."""

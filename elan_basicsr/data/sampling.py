@@ -13,13 +13,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import cv2
-import lmdb
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
-
-from elan_basicsr.errors import UserError
 
 
 def mix_seed(*numbers: int) -> int:
@@ -60,16 +56,6 @@ class ToolboxDataset(Dataset[dict]):
         raise NotImplementedError
 
 
-@contextmanager
-def unreadable_named(dataset: ToolboxDataset, index: int) -> Iterator[None]:
-    """Around the reading of sample `index`: what goes wrong becomes a UserError that names the dataset."""
-    try:
-        yield
-    except (ValueError, OSError, TypeError, AttributeError, cv2.error, lmdb.Error) as error:
-        raise UserError(f'datasets.train ({dataset.opt.get("dataroot_gt")}): image {index} cannot be read: {error}; '
-                        '`basicsr data verify` lists what is wrong with the data') from error
-
-
 class SeededDataset(ToolboxDataset):
     """A dataset indexed by (index, seed): the sample `dataset[index]`, drawn with that seed."""
 
@@ -79,7 +65,7 @@ class SeededDataset(ToolboxDataset):
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
-        with generators_kept(), unreadable_named(self.dataset, index):
+        with generators_kept():
             seed_all(seed)
             return self.dataset[index]
 

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from elan_basicsr.data import roots
 from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.engine.launch import TIMEOUT, Processes
 from elan_basicsr.errors import UserError, outside
 
-from basicsr.data import build_dataset
 from basicsr.utils import get_env_info, get_root_logger, get_time_str
 from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
@@ -128,22 +128,9 @@ def build_checked_dataset(opt: dict, phase: str) -> ToolboxDataset:
     """The dataset `datasets.PHASE` of the options, with something in it.
 
     Raises:
-        UserError: The dataset cannot be opened or is empty.
+        UserError: The dataset cannot be opened, is empty, or its images do not belong together.
     """
-    dataset_opt = opt['datasets'][phase]
-    where = f'datasets.{phase} ({dataset_opt.get("dataroot_gt") or dataset_opt.get("dataroot_lq")})'
-    try:
-        dataset = build_dataset(dataset_opt)
-    except (AssertionError, OSError, ValueError, KeyError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{where}: the dataset cannot be opened: {reason or type(error).__name__}; '
-                        '`basicsr data verify` lists what is wrong with it') from error
-    if isinstance(getattr(dataset, 'paths', None), list):
-        # The toolbox lists a folder in the order of the file system, which differs from host to host.
-        dataset.paths.sort(key=lambda row: sorted(row.values()) if isinstance(row, dict) else [row])
-    if len(dataset) == 0:
-        raise UserError(f'{where}: the dataset is empty, expected at least one image')
-    return dataset
+    return roots.build(opt['datasets'][phase], f'datasets.{phase}')
 
 
 def build_validation_loaders(opt: dict, phases: tuple[str, ...]) -> dict[str, DataLoader]:

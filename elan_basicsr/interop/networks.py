@@ -185,8 +185,10 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
         UserError: The file or the weights cannot be read, or do not fit each other.
     """
     from elan_basicsr.config.reader import read_yaml
+    from elan_basicsr.config.schema import expand_paths
     from elan_basicsr.config.trials import try_network
     opt, source = read_yaml(path)
+    opt = expand_paths(opt)
     if not isinstance(opt.get('network_g'), dict):
         raise source.error('network_g', 'is missing, expected the network: type: ELAN and its arguments')
     try_network(opt['network_g'], ('network_g',), source)
@@ -194,7 +196,7 @@ def load_option_file(path: str | os.PathLike, device: str | torch.device = 'cpu'
     weights = paths.get('pretrain_network_g')
     if not isinstance(weights, str):
         raise source.error('path.pretrain_network_g', 'is not set, expected the file of the trained weights')
-    weights = str(local_file(os.path.expanduser(weights)))
+    weights = str(local_file(weights))
     arguments = dict(opt['network_g'])
     name = arguments.pop('type')
     arch = ARCH_REGISTRY.get(name)

@@ -82,7 +82,7 @@ def test_key_lists_that_differ_are_named(data, opt, tmp_path):
     shutil.copytree(data / 'photographs', tmp_path / 'few')
     (tmp_path / 'few' / 'rocket.png').unlink()
     build(hr=tmp_path / 'few', out=tmp_path / 'lmdb', scales=[2])
-    with pytest.raises(UserError, match=r'HR_raw\.lmdb: 1 keys are not in the other LMDB, the first: rocket'):
+    with pytest.raises(UserError, match=r'LR_bicubic_X2_raw\.lmdb: rocket: is missing, the GT image is there'):
         PairedRawLmdbDataset({**opt, 'dataroot_lq': str(tmp_path / 'lmdb' / 'LR_bicubic_X2_raw.lmdb')})
 
 

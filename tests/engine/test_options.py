@@ -166,6 +166,26 @@ def test_a_run_can_lie_elsewhere(folder):
         assert opt['path']['experiments_root'] == str(found)
 
 
+def test_home_and_variables_are_filled_in_wherever_a_path_stands(folder, monkeypatch):
+    """And nowhere else: a name keeps its dollar."""
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setenv('DATA', str(folder / 'data'))
+    (folder / 'list.txt').write_text('a.png')
+    opt = load_options(write(TRAIN), is_train=True, overrides=[
+        'datasets.train.dataroot_gt=$HOME/data/hr', 'datasets.train.dataroot_lq=${DATA}/lr', 'name=run_$DATA_$HOME',
+        'datasets.val.dataroot_gt=[~/data/hr, $DATA/hr]', 'datasets.val.dataroot_lq=[$DATA/lr, ~/data/lr]',
+        'datasets.train.meta_info_file=$HOME/list.txt', 'path.experiments_root=$HOME/runs'])
+    hr, lr = (str(folder / 'data' / name) for name in ('hr', 'lr'))
+    train, val = opt['datasets']['train'], opt['datasets']['val']
+    assert (train['dataroot_gt'], train['dataroot_lq'], val['dataroot_gt'], val['dataroot_lq']) == (
+        hr, lr, [hr, hr], [lr, lr])
+    assert train['meta_info_file'] == str(folder / 'list.txt') and opt['name'] == 'run_$DATA_$HOME'
+    assert opt['path']['experiments_root'] == str(folder / 'runs' / 'run_$DATA_$HOME')
+    with pytest.raises(UserError, match=r'path\.resume_state: .*/absent\.state: no such file') as caught:
+        load_options(write(TRAIN), is_train=True, overrides=['path.resume_state=$DATA/absent.state'])
+    assert str(folder) in str(caught.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='speaks about machines without a GPU')
 @pytest.mark.parametrize('asked', ['auto', '1', '8'])
 def test_without_a_gpu_the_run_is_on_the_cpu_and_says_so(asked):
@@ -340,6 +360,13 @@ WRONG = [
     ('dataroot_lq: data/lr', 'dataroot_lq: datasets/Set5/LRbicx2', 'datasets.train.dataroot_lq',
      'lay it out with `basicsr data benchmark`'),
     ('dataroot_gt: data/hr', 'dataroot_gt: weights.pth', 'datasets.train.dataroot_gt', 'is a file, expected a folder'),
+    ('dataroot_gt: data/hr', 'dataroot_gt: [data/hr, data/none]', 'datasets.train', 'dataroot_gt has 2 and dataroot_lq '
+     'has 1; expected lists of the same length'),
+    ('dataroot_gt: data/hr\n    dataroot_lq: data/lr', 'dataroot_gt: [data/hr, data/none]\n    dataroot_lq: [data/lr, '
+     'data/lr]', 'datasets.train.dataroot_gt', 'data/none: no such folder'),
+    ('dataroot_gt: data/hr', 'dataroot_gt: []', 'datasets.train.dataroot_gt', 'is [], expected a path, a list of'),
+    ('dataroot_gt: data/hr', 'dataroot_gt: [1]', 'datasets.train.dataroot_gt', 'is [1], expected a path, a list of'),
+    ('dataroot_gt: data/hr', 'dataroot_gt: $HOMES/hr', 'datasets.train.dataroot_gt', '$HOMES/hr: no such folder'),
     ('dataroot_gt: data/hr\n', 'dataroot_hr: data/hr\n', 'datasets.train.dataroot_hr', 'did you mean dataroot_gt?'),
     ('      type: disk', '      type: lmdb', 'datasets.train.dataroot_gt', 'data/hr: expected an LMDB'),
     ('data/hr\n    dataroot_lq: data/lr\n    filename_tmpl: \'{}\'\n    io_backend:\n      type: disk',

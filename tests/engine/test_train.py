@@ -288,7 +288,7 @@ def test_an_image_that_cannot_be_read_is_one_line(options, capfd, workers):
     finally:
         gc.enable()
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith('basicsr: error')]
-    assert len(error) == 1 and 'datasets.train (GT): image 1 cannot be read: ' in error[0], error
+    assert len(error) == 1 and f'datasets.train: {broken}: is no readable image' in error[0], error
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(options, capfd):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import yaml
 
 from elan_basicsr.cli import main
+from elan_basicsr.data import roots
 from elan_basicsr.data.prepare import build
+from elan_basicsr.errors import UserError
 from tests.conftest import ROOT
 from tests.engine.test_train import assert_same_run
 
@@ -81,6 +84,34 @@ def test_a_pool_that_fits_no_longer_begins_empty(sub_images, tmp_path, monkeypat
     assert main(['train', '-opt', str(ROOT / 'options' / 'train_RealELANNet_x4.yml'), '--auto_resume', '--set',
                  f'datasets.train.dataroot_gt={sub_images}', *SMALL, 'train.total_iter=4', change]) == 0
     assert 'The training pool begins empty' in capfd.readouterr().err
+
+
+def test_patches_larger_than_the_datasets_images_are_one_line_before_training(sub_images, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run('train_RealELANNet_x4', sub_images, 'gt_size=512') == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith('basicsr: error: ') and 'gt_size: is 512, expected at most 400' in error
+    assert not Path('experiments').exists()
+
+
+def test_images_of_a_folder_need_no_list(tmp_path, monkeypatch):
+    """With a list they are those of the list, and what is missing is named at the start."""
+    monkeypatch.chdir(tmp_path)
+    Path('hr').mkdir()
+    for name in ('a', 'b c'):
+        cv2.imwrite(f'hr/{name}.png', np.zeros((64, 64, 3), np.uint8))
+    Path('hr/Thumbs.db').write_bytes(b'x')
+    section = yaml.safe_load((ROOT / 'options' / 'train_RealELANNet_x4.yml').read_text())['datasets']['train']
+    section.update(dataroot_gt='hr', io_backend={'type': 'disk'}, phase='train')
+    for lines, expected in ((None, ['hr/a.png', 'hr/b c.png']), ('b c.png\n', ['hr/b c.png'])):
+        if lines:
+            Path('list.txt').write_text(lines)
+            section['meta_info'] = 'list.txt'
+        dataset = roots.build(section, 'datasets.train')
+        assert [dataset[i]['gt_path'] for i in range(len(dataset))] == expected
+    Path('list.txt').write_text('a.png\nabsent.png\n')
+    with pytest.raises(UserError, match=r'datasets\.train: hr/absent\.png: is not there'):
+        roots.build(section, 'datasets.train')
 
 
 def test_validation_takes_pairs_as_they_are(sub_images, options, tmp_path):
