@@ -71,12 +71,9 @@ class PairedRawLmdbDataset(ToolboxDataset):
             gt = gt[:, :lq.shape[1] * self.opt['scale'], :lq.shape[2] * self.opt['scale']]
         return {'lq': self._finish(lq), 'gt': self._finish(gt)} | self._paths(index)
 
-    def sizes(self, index: int) -> dict[str, tuple[str, tuple[int, int]]]:
-        """The name, width and height of the images `lq` and `gt`; of their records the heads alone are read."""
-        self._open_in_this_process()
-        images = {kind: self._read(kind, self.keys[index]) for kind in self.roots}
-        return {kind: (f'{self.roots[kind]}: image {self.keys[index]}', (planes.shape[2], planes.shape[1]))
-                for kind, planes in images.items()}
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an LQ image, of whose record the head alone is read."""
+        return self._images(index)[0].shape[1:]
 
     def fill(self, index: int, lq: np.ndarray, gt: np.ndarray) -> dict[str, str]:
         """Write training sample `index` as bytes into `lq` and `gt`, (C, h, w) uint8, and return its paths."""

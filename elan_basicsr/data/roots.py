@@ -1,6 +1,7 @@
 """The data sets of an option file: each of one root or several, checked before the first sample, errors with names."""
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from elan_basicsr.data.images import read_bgr
-from elan_basicsr.data.pairing import check_sizes
+from elan_basicsr.data.pairing import check_sizes, header_sizes
 from elan_basicsr.data.raw_lmdb_dataset import PairedRawLmdbDataset
 from elan_basicsr.data.sampling import ToolboxDataset
 from elan_basicsr.errors import UserError
@@ -58,6 +59,16 @@ class RootedDataset(ConcatDataset[dict], ToolboxDataset):
         shapes = {getattr(dataset, 'batch_shapes', None) for dataset in self.datasets}
         return shapes.pop() if len(shapes) == 1 else None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether its datasets are the toolbox's or ours; others may do anything with an image."""
+        return all(type(dataset).__module__.startswith(('basicsr.', 'elan_basicsr.')) for dataset in self.datasets)
+
+    def smallest(self) -> int:
+        """The sample with the fewest pixels in its LQ image, by the headers; those that tell nothing count as large."""
+        areas = [math.prod(size) if size else math.inf for dataset in self.datasets for size in _sizes(dataset)]
+        return min(range(len(self)), key=areas.__getitem__) if len(areas) == len(self) else 0
+
     @contextmanager
     def _files_named(self, index: int) -> Iterator[tuple]:
         number = bisect_right(self.cumulative_sizes, index)
@@ -84,6 +95,14 @@ def _what_failed(dataset, index: int, error: Exception) -> str:
     reason = ' '.join(error.args) if type(error) is ValueError else str(error)  # upstream raises texts in parts
     root = '' if osp.isabs(files[0]) or osp.exists(files[0]) else f'{_root(getattr(dataset, "opt", {}))}: '
     return f'{root}{" and ".join(dict.fromkeys(files))}: cannot be read: {reason}'
+
+
+def _sizes(dataset) -> list[tuple[int, int] | None]:
+    """(height, width) of each LQ image, or of what there is, by the headers."""
+    if isinstance(dataset, PairedRawLmdbDataset):
+        return [dataset.size(index) for index in range(len(dataset))]
+    names = [row['lq_path'] if isinstance(row, dict) else row for row in paths_of(dataset)]
+    return header_sizes(str(dataset.opt.get('dataroot_lq') or dataset.opt.get('dataroot_gt')), names)
 
 
 def _root(opt: dict) -> str:

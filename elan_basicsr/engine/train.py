@@ -85,7 +85,7 @@ def _train(opt: dict, opt_path: str, processes: Processes, stop: StopRequest) ->
         model = build_model(opt)
     save_whole_files(model)
     schedule_start = go_on(model, resume_state, opt, options, logger) if resume_state else 0
-    look_ahead(opt, model, train_set, validation, logger)
+    look_ahead(opt, model, validation, logger)
     run = Training(opt, model, train_set, validation, tb_logger, logger, resume_state,
                    {'options': options, 'schedule_start': schedule_start})
     try:

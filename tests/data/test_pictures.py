@@ -10,7 +10,7 @@ import skimage.data
 import tifffile
 from PIL import Image
 
-from elan_basicsr.data.images import decode_bgr
+from elan_basicsr.data.images import decode_bgr, read_bgr
 from elan_basicsr.data.pictures import decode_picture
 from elan_basicsr.errors import UserError
 from tests.data import cells
@@ -267,3 +267,10 @@ def test_the_toolboxs_datasets_see_a_tiff_as_every_command_does():
         assert np.allclose(imfrombytes(content, float32=True), (expected >> 8) / 255)
     with pytest.raises(ValueError, match='floating-point'):
         imfrombytes(cells.tiff(cells.waves(32, 1), 32, 1, sample_format=3), float32=True)
+
+
+def test_the_files_that_were_reported_are_their_pictures(shared):
+    reports = shared / 'reports'
+    for name, picture in (('rgb16_planar.tif', 'rgb16.png'), ('grey16_miniswhite.tif', 'grey16.png')):
+        assert (read_bgr(reports / name) == read_bgr(reports / picture)).all()
+    assert read_bgr(reports / 'motion.jpg').shape == read_bgr(reports / 'mixed' / 'photo.avif').shape == (40, 48, 3)

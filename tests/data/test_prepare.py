@@ -9,7 +9,9 @@ import time
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
+from elan_basicsr.cli import main
 from elan_basicsr.data import raw_lmdb
 from elan_basicsr.data.images import find_images, read_bgr
 from elan_basicsr.data.prepare import build
@@ -140,3 +142,86 @@ def test_bad_input_gives_one_line_that_names_it(photographs, tmp_path):
     fails(r'Bild 0 ä\.png: is no readable image', out=tmp_path / 'out2')
     (photographs / 'sub.0' / 'Bild 0 ä.jpg').write_bytes(b'')
     fails(r'has the same key', out=tmp_path / 'out3')
+
+
+def keys_of(path):
+    with raw_lmdb.open_readonly(path).begin() as transaction:
+        return sorted(bytes(key).decode() for key in transaction.cursor().iternext(values=False))
+
+
+@pytest.mark.parametrize('layout', ['raw', 'subimages'])
+def test_a_file_that_cannot_be_used_is_named_and_the_rest_is_built(photographs, tmp_path, capsys, layout):
+    """One is cut off, one too small, one of floats: none of them is in any LMDB, and the exit code says so."""
+    whole = (photographs / 'sub.0' / 'Bild 0 ä.png').read_bytes()
+    (photographs / 'sub.0' / 'Bild 0 ä.png').write_bytes(whole[:len(whole) // 2])
+    cv2.imwrite(str(photographs / 'small.png'), np.zeros((1, 9, 3), np.uint8))
+    cv2.imwrite(str(photographs / 'float.tif'), np.zeros((9, 9, 3), np.float32))
+    (photographs / 'notes.txt').write_text('x')
+    words = ['data', 'build', '--hr', str(photographs), '--out', str(tmp_path / 'out'), '--scales', '2', '3',
+             '--layout', layout]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith('basicsr: ')]
+    assert [line for line in lines if 'Bild 0 ä.png: is no readable image, it may be cut off or damaged' in line]
+    assert [line for line in lines if 'small.png: is 9x1 pixels, expected at least 6x6' in line]
+    assert [line for line in lines if 'float.tif: has 32-bit floating-point pixels' in line]
+    assert f'basicsr: {photographs}: 1 file (.txt 1: notes.txt) passed over' in lines
+    assert lines[-1] == 'basicsr: 3 images cannot be used and were left out'
+    lmdbs = [tmp_path / 'out' / line.rpartition('/')[2] for line in printed.out.splitlines()]
+    keys = [keys_of(path) for path in lmdbs]
+    assert len(keys) == 3 and keys[0] == keys[1] == keys[2] == sorted(raw_lmdb.read_keys(lmdbs[0]))
+    assert len(keys[0]) == 12 and not any(key.startswith(('sub_0_Bild 0', 'small', 'float')) for key in keys[0])
+    assert main(words) == 1 and 'left out' in capsys.readouterr().err  # as often as it is asked
+
+
+def test_an_lr_image_that_cannot_be_read_keeps_its_hr_image_out(photographs, tmp_path):
+    for key, path in find_images(photographs).items():
+        hr = read_bgr(path)
+        (tmp_path / 'lr').mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / 'lr' / f'{key}.png'), hr[:hr.shape[0] // 2, :hr.shape[1] // 2])
+    (tmp_path / 'lr' / 'grey16.png').write_bytes(b'')
+    failed = []
+    hr, lr = build(hr=photographs, lr=tmp_path / 'lr', out=tmp_path / 'out', scales=[2], failed=failed)
+    assert failed == [f'{tmp_path}/lr/grey16.png: is empty']
+    assert keys_of(hr) == keys_of(lr) and 'grey16' not in keys_of(hr) and len(keys_of(hr)) == 12
+
+
+def test_a_scale_added_later_has_the_images_that_are_there(photographs, tmp_path):
+    """An image that came into the folder since would have LR without HR."""
+    build(hr=photographs, out=tmp_path / 'out', scales=[2])
+    cv2.imwrite(str(photographs / 'later.png'), np.zeros((12, 12, 3), np.uint8))
+    failed = []
+    hr, lr = build(hr=photographs, out=tmp_path / 'out', scales=[3], failed=failed)
+    assert keys_of(hr) == keys_of(lr) and len(failed) == 1 and 'later.png: is not in' in failed[0]
+    with pytest.raises(UserError, match='later.png: is not in'):
+        build(hr=photographs, out=tmp_path / 'out', scales=[4])
+
+
+def test_a_phones_photograph_is_built_and_verified(tmp_path, capsys):
+    (tmp_path / 'hr').mkdir()
+    photograph = cv2.imencode('.jpg', np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))[1].tobytes()
+    (tmp_path / 'hr' / 'motion.jpg').write_bytes(photograph + b'\0\0\0\x18ftypmp42' + bytes(90_000))
+    (tmp_path / 'hr' / 'tail.png').write_bytes(cv2.imencode('.png', np.zeros((24, 24), np.uint8))[1].tobytes()
+                                               + bytes(9000))
+    assert main(['data', 'build', '--hr', str(tmp_path / 'hr'), '--out', str(tmp_path / 'out'), '--scales', '2']) == 0
+    assert main(['data', 'verify', str(tmp_path / 'hr'), str(tmp_path / 'out' / 'HR_raw.lmdb')]) == 0
+    (tmp_path / 'hr' / 'IMG_1.heic').touch()
+    assert main(['data', 'verify', str(tmp_path / 'hr')]) == 0
+    printed = capsys.readouterr()
+    assert '4 images read, 0 problems' in printed.out
+    assert f'basicsr: {tmp_path}/hr: 1 file (.heic 1: IMG_1.heic) passed over' in printed.err
+
+
+def test_what_the_pixels_lose_is_said_once(tmp_path, capsys):
+    (tmp_path / 'hr').mkdir()
+    rgba = np.random.default_rng(0).integers(0, 256, (24, 24, 4), np.uint8)
+    for name in 'ab':
+        cv2.imwrite(str(tmp_path / 'hr' / f'{name}.png'), rgba)
+    Image.fromarray(rgba).convert('CMYK').save(tmp_path / 'hr' / 'c.jpg')
+    Image.fromarray(rgba[..., :3]).save(tmp_path / 'hr' / 'd.png', icc_profile=ImageCms.ImageCmsProfile(
+        ImageCms.createProfile('XYZ')).tobytes())
+    build(hr=tmp_path / 'hr', out=tmp_path / 'out', scales=[2, 3])
+    lines = [line.partition('/hr/')[2] for line in capsys.readouterr().err.splitlines() if line.startswith('basicsr')]
+    assert sorted(line for line in lines if line) == [
+        'a.png and 1 more: transparency is left out', 'c.jpg: CMYK becomes sRGB',
+        'd.png: the values stay, but the colour profile is left out (XYZ identity built-in)']

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from elan_basicsr.checkpoint import load_elan
 from elan_basicsr.data.pictures import Picture
 from elan_basicsr.data.resize import imresize
 from elan_basicsr.upscale.image_files import write_picture
+from tests.data import cells
 from tests.upscale.conftest import WEIGHTS
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -169,3 +170,114 @@ def test_another_format_and_less_than_the_networks_scale(run, photograph):
     assert run('a.png', '-o', 'out', '--scale', '1.5')[0] == 0
     whole = expected(photograph).astype(np.uint8)
     assert (np.asarray(Image.open('out/a.png')) == imresize(whole, 0.75)).all()
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" dc:rights="mine"/></x:xmpmeta>'
+
+
+def with_xmp(name, pixels, xmp=XMP):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt('XML:com.adobe.xmp', xmp.decode())
+    image = Image.fromarray(pixels)
+    if name.endswith('.tif'):
+        exif = Image.Exif()
+        exif[700] = xmp
+        image.save(name, exif=exif)
+    else:
+        image.save(name, **({'pnginfo': info} if name.endswith('.png') else {'xmp': xmp}))
+
+
+@pytest.mark.parametrize('source', ['.png', '.jpg', '.webp', '.tif', '.avif'])
+@pytest.mark.parametrize('target', ['.png', '.jpg', '.webp', '.tif', '.avif'])
+def test_xmp_stays_in_every_format_that_holds_it(run, photograph, source, target):
+    with_xmp('a' + source, photograph)
+    code, _, err = run('a' + source, '-o', 'out' + target)
+    assert code == 0 and err == ''
+    with Image.open('out' + target) as found:
+        turned = source == '.tif'  # whose pixels are upright
+        assert found.info['xmp'].rstrip(b'\0') == (XMP.replace(b'"6"', b'"1"') if turned else XMP)
+
+
+@pytest.mark.parametrize('target', ['.png', '.tif'])
+def test_xmp_and_the_label_of_the_colours_stay_at_sixteen_bits(run, photograph, target):
+    gamma = (100_000).to_bytes(4, 'big')
+    picture = Picture(photograph * np.uint16(257), xmp=XMP, chunks={b'gAMA': gamma})
+    write_picture(picture, Path('a.png'))
+    code, _, err = run('a.png', '-o', 'out' + target)
+    assert code == 0 and ('gAMA of a PNG' in err) == (target == '.tif')
+    with Image.open('out' + target) as found:
+        assert found.info['xmp'].rstrip(b'\0') == XMP and found.info.get('gamma') == (1 if target == '.png' else None)
+
+
+def test_the_label_of_the_colours_stays_with_a_png(run, photograph):
+    info = PngImagePlugin.PngInfo()
+    info.add(b'gAMA', (100_000).to_bytes(4, 'big'))
+    Image.fromarray(photograph).save('a.png', pnginfo=info)
+    code, _, err = run('a.png', '-o', 'b.png')
+    assert (code, err) == (0, '')
+    assert Image.open('b.png').info['gamma'] == 1
+    assert 'gAMA of a PNG' in run('a.png', '-o', 'b.jpg')[2]
+
+
+def test_xmp_that_speaks_of_a_video_behind_the_picture_goes_with_it(run, photograph):
+    with_xmp('a.jpg', photograph, XMP.replace(b'dc:rights="mine"', b'GCamera:MotionPhoto="1"'))
+    code, _, err = run('a.jpg', '-o', 'out')
+    assert code == 0 and err.count('\n') == 1 and 'XMP is left out' in err
+    assert 'xmp' not in Image.open('out/a.jpg').info
+
+
+def test_what_changes_its_kind_or_is_lost_is_said_once(run, photograph):
+    """Four images, three of them of 16 bits, one with all that a BMP cannot hold: a line for each thing."""
+    for name in ('a', 'b', 'c'):
+        write_picture(Picture(photograph * np.uint16(257)), Path(f'in/{name}.png'))
+    Image.fromarray(photograph).convert('CMYK').save('in/d.jpg', exif=turned_to_the_right(), xmp=XMP)
+    Image.fromarray(photograph).save('in/e.png', icc_profile=PROFILE)
+    code, _, err = run('in', '-o', 'out', '--format', 'bmp')
+    assert code == 0 and sorted(err.splitlines()) == [
+        'basicsr: in/a.png and 2 more: 16 bits become 8, since BMP holds no more',
+        'basicsr: in/d.jpg: CMYK becomes sRGB',
+        'basicsr: in/d.jpg: EXIF data is left out, which BMP does not hold',
+        'basicsr: in/d.jpg: XMP is left out, which BMP does not hold',
+        'basicsr: in/e.png: the colour profile is left out, which BMP does not hold']
+
+
+def test_avif_is_read_and_written_with_what_belongs_to_it(run, photograph):
+    Image.fromarray(photograph).save('a.avif', quality=95, subsampling='4:4:4', exif=turned_to_the_right(),
+                                     icc_profile=PROFILE)
+    assert run('a.avif', '-o', 'out')[0] == 0
+    assert upright('out/a.avif').shape == (60, 42, 3)
+    with Image.open('out/a.avif') as found:
+        assert found.format == 'AVIF' and found.info['icc_profile'] == PROFILE and found.getexif()[0x010F] == 'maker'
+    shown = np.rot90(expected(np.asarray(Image.open('a.avif'))), -1)
+    assert np.abs(upright('out/a.avif') - shown).mean() < 4
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.webp', '.avif'])
+def test_quality_is_the_encoders(run, photograph, suffix):
+    Image.fromarray(photograph).save('a.png')
+    sizes = []
+    for quality in ('20', '95', None):
+        code, _, err = run('a.png', '-o', f'{quality}{suffix}', *(['--quality', quality] if quality else []))
+        assert (code, err) == (0, '')
+        sizes.append(Path(f'{quality}{suffix}').stat().st_size)
+    assert sizes[0] < sizes[1] * 0.7 and sizes[1] == sizes[2]
+
+
+def test_lossless_webp_is_pytorchs_own_to_the_byte(run, photograph):
+    Image.fromarray(photograph).save('a.png')
+    assert run('a.png', '-o', 'out', '--format', 'webp', '--quality', 'lossless')[0] == 0
+    assert (np.asarray(Image.open('out/a.webp').convert('RGB')) == expected(photograph)).all()
+
+
+@pytest.mark.parametrize('name, content', [
+    ('rgb16_planar.tif', 'rgb16.png'), ('grey16_miniswhite.tif', 'grey16.png')])
+def test_a_tiff_gives_what_a_png_of_its_picture_gives(run, name, content):
+    """Planes that lie apart and 0 as white were noise and a negative."""
+    wide = cells.waves(16, 3)
+    Path('rgb16_planar.tif').write_bytes(cells.tiff(wide, 16, 2, planar=True))
+    Path('rgb16.png').write_bytes(cells.png(wide, 16, 2))
+    Path('grey16_miniswhite.tif').write_bytes(cells.tiff(65535 - wide[..., :1], 16, 0))
+    Path('grey16.png').write_bytes(cells.png(wide[..., :1], 16, 0))
+    assert run(name, '-o', 'a.png')[0] == run(content, '-o', 'b.png')[0] == 0
+    found, expected_ = (cv2.imread(each, cv2.IMREAD_UNCHANGED) for each in ('a.png', 'b.png'))
+    assert found.dtype == np.uint16 and (found == expected_).all()

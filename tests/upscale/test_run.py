@@ -37,6 +37,19 @@ def test_a_folder_keeps_its_structure_and_leaves_out_what_is_no_image(run):
     assert '2 already there' in run('in', '-o', 'in/out')[1]  # results below the input are no inputs
 
 
+def test_what_a_folder_or_pattern_holds_beside_images_is_counted_and_named(run):
+    save('in/a.png')
+    for name in ('b.heic', 'c.HEIC', 'film.mp4', 'notes.txt', '.hidden'):
+        Path('in', name).write_text('x')
+    code, out, _ = run('in', '-o', 'out')
+    assert code == 0 and '1 of 1 done' in out
+    assert out.endswith('; 4 files (.heic 2, .mp4 1, .txt 1: b.heic, c.HEIC, film.mp4, …) passed over\n')
+    assert run('in/[abn]*', '-o', 'out')[1].endswith('; 2 files (.heic 1, .txt 1: b.heic, notes.txt) passed over\n')
+    os.remove('in/a.png')
+    code, _, err = run('in', '-o', 'out')
+    assert code == 2 and 'holds no images' in err and 'but 4 files (.heic 2' in err
+
+
 def test_patterns_and_several_inputs(run):
     for name in ('p/a.png', 'p/q/b.png', 'p/q/c.bmp', 'd.tif'):
         save(name)

@@ -107,6 +107,10 @@ REFUSED = {
     'a negative tile': (lambda: (save('a.png'), ['a.png', '--tile', '-1'])[1], '--tile -1'),
     'an unknown format': (lambda: (save('a.png'), ['a.png', '--format', 'gif'])[1], '--format gif'),
     'an unknown dtype': (lambda: (save('a.png'), ['a.png', '--dtype', 'int4'])[1], '--dtype int4'),
+    'a quality beyond': (lambda: (save('a.png'), ['a.png', '--quality', '101'])[1], '--quality 101'),
+    'a quality that is no number': (lambda: (save('a.jpg'), ['a.jpg', '--quality', 'best'])[1], '--quality best'),
+    'a quality for what has none': (lambda: (save('a.png'), ['a.png', '--quality', '80'])[1], 'no output is JPEG'),
+    'lossless jpeg': (lambda: (save('a.jpg'), ['a.jpg', '--quality', 'lossless'])[1], 'out/a.jpg cannot be'),
     'no pixels allowed': (lambda: (save('a.png'), ['a.png', '--max-pixels', '0'])[1], '--max-pixels 0'),
 }
 
