@@ -52,6 +52,8 @@ def outside(error: BaseException) -> str | None:
         return _outside_of(error, words)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(('elan_basicsr', 'basicsr')):
         return f'{error.name} is not installed: pip install {error.name.partition(".")[0]}'
+    if isinstance(error, ImportError) and error.path and '/elan_basicsr/' not in error.path:
+        return f'{error.name or error.path} cannot be imported ({words}); install it again'
     if isinstance(error, UnicodeEncodeError):
         name = error.object[max(error.start - 40, 0):error.end + 40]
         return f'the name {name!a} is not UTF-8; rename the file or folder'

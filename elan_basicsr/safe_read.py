@@ -180,12 +180,12 @@ def _check_legacy(file: BinaryIO) -> None:
     file.seek(0)
     raw = file.read(MAX_PICKLE)
     if raw and not raw.startswith(b'\x80'):  # as a pickle begins
-        raise _Refused('is no PyTorch checkpoint')
+        raise _Refused('is no PyTorch checkpoint; expected a file that torch.save wrote')
     while len(parts) < 5:
         parts.append(_follow(raw[position:]))
         position += parts[-1].length
         if parts[0].content != _MAGIC:
-            raise _Refused('is no PyTorch checkpoint')
+            raise _Refused('is no PyTorch checkpoint; expected a file that torch.save wrote')
     storages, keys = parts[3].storages, parts[4].content.items
     if {*keys} != {*storages} or len(keys) != len(storages):
         raise _Refused('does not hold the storages it claims; it may be damaged')

@@ -204,7 +204,8 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
         raise source.error('logger.wandb.project', 'needs use_tb_logger: true, from which it takes its figures')
     for key, wanted, package in (('wandb.project', (logger.get('wandb') or {}).get('project'), 'wandb'),
                                  ('use_tb_logger', logger.get('use_tb_logger'), 'tensorboard')):
-        if wanted and importlib.util.find_spec(package) is None:
+        # A folder of the name, such as the one that wandb leaves where it ran, is found as a package without an origin.
+        if wanted and getattr(importlib.util.find_spec(package), 'origin', None) is None:
             raise source.error(f'logger.{key}', f'needs {package}, which is not installed: pip install {package}, or '
                                                 'leave the key out')
 

@@ -37,17 +37,15 @@ def look_ahead(opt: dict, model, validation: dict, logger: logging.Logger) -> No
     _together(lambda: _look_at_disk(opt, model, logger) if rank == 0 else None)
 
 
-def _together(work: Callable) -> list:
-    """What each process finds, by rank; what is wrong for one ends them all."""
-    found, wrong = None, None
+def _together(work: Callable[[], None]) -> None:
+    """Work of which what is wrong for one process ends them all."""
+    wrong = None
     try:
-        found = work()
+        work()
     except UserError as error:
         wrong = str(error)
-    shares = gather((found, wrong))
-    if mistakes := [each for _, each in shares if each]:
+    if mistakes := [each for each in gather(wrong) if each]:
         raise UserError(mistakes[0])
-    return [each for each, _ in shares]
 
 
 # ------------------------------------------------------------------------------------------------- validation

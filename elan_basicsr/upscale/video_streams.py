@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -110,12 +111,12 @@ class Probe:
         if dolby == 5 or self._space not in _MATRICES:
             said = 'Dolby Vision of profile 5' if dolby == 5 else f'the colour space {self._space}'
             raise UserError(f'{self.path}: is in {said}, which is not read; make it BT.709 first, as with: ffmpeg -i '
-                            f'{self.path} -vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709'
-                            ':format=yuv420p -c:a copy sdr.mkv')
-        if self.hdr and not self.keeps_depth(target):
-            why = f'{target.suffix} has no place for that' if self.depth > 8 else 'with 8 bits it is damaged already'
-            raise UserError(f'{self.path}: is HDR ({self.hdr}), and {why}; name a .mp4 or .mkv, or make it SDR first: '
-                            f'ffmpeg -i {self.path} -vf {_TONE_MAPPING} -c:a copy sdr.mkv')
+                            f'{shlex.quote(str(self.path))} -vf libplacebo=colorspace=bt709:color_primaries=bt709'
+                            ':color_trc=bt709:format=yuv420p -c:a copy sdr.mkv')
+        if self.hdr and self.depth > 8 and not self.keeps_depth(target):
+            raise UserError(f'{self.path}: is HDR ({self.hdr}), and {target.suffix} has no place for that; name a .mp4 '
+                            f'or .mkv, or make it SDR first: ffmpeg -i {shlex.quote(str(self.path))} -vf '
+                            f'{_TONE_MAPPING} -c:a copy sdr.mkv')
 
     def changes(self, target: Path) -> list[str]:
         """What becomes of another kind in the result, in words."""
@@ -134,6 +135,8 @@ class Probe:
             said.append('its transparency is left out')
         if any('dv_profile' in each for each in self._side_data):
             said.append('what Dolby Vision adds is left out, the picture below it stays')
+        if target.suffix.lower() == '.webm' and self.hdr and self.mastering():
+            said.append('what HDR10 says of the screen it was made on is left out')
         if any('HDR10+' in each.get('side_data_type', '') for each in self._first_frame.get('side_data_list', [])):
             said.append('what HDR10+ adds is left out, HDR10 stays')
         return said

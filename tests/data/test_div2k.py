@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import io
+import os
 import threading
 import zipfile
 from fractions import Fraction
@@ -96,6 +97,14 @@ def test_dropped_connections_are_resumed_and_everything_is_built(server, archive
     assert main(command) == 0
     assert len(asked) == number  # nothing is fetched twice
     assert main(['data', 'verify', str(tmp_path / 'DIV2K_train_HR_raw.lmdb')]) == 0
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk_is_not_called_a_broken_connection(server, archives, tmp_path):
+    (tmp_path / 'DIV2K_train_HR.zip.part').symlink_to('/dev/full')
+    with pytest.raises(UserError, match=r'DIV2K_train_HR\.zip\.part: cannot be written \(No space left on device\)'):
+        div2k.prepare_div2k(root=tmp_path, scales=[2], fetch=True, url=server[0])
+    assert len(server[1]) == 1  # and not tried again
 
 
 def test_a_damaged_archive_is_refused_and_kept(server, archives, tmp_path):

@@ -492,6 +492,15 @@ def test_tensorboard_that_is_not_installed_is_told_before_the_run(monkeypatch):
         load_options(write(text), is_train=True)
 
 
+@pytest.mark.skipif(getattr(importlib.util.find_spec('wandb'), 'origin', None) is not None, reason='wandb is installed')
+def test_a_folder_that_wandb_left_is_not_taken_for_the_package(monkeypatch):
+    Path('wandb').mkdir()
+    monkeypatch.syspath_prepend('.')
+    text = TRAIN.replace('use_tb_logger: false', 'use_tb_logger: true\n  wandb: {project: elan}')
+    with pytest.raises(UserError, match='logger.wandb.project: needs wandb, which is not installed'):
+        load_options(write(text), is_train=True)
+
+
 def test_a_path_of_windows_in_single_quotes_is_read():
     assert read_yaml(write("a: 'C:\\new\\Users'\nb: C:\\new\n"))[0] == {'a': r'C:\new\Users', 'b': r'C:\new'}
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from elan_basicsr import ELAN
 from elan_basicsr.cli import main
+from elan_basicsr.errors import UserError
 from elan_basicsr.report.attribution import (
     Attribution,
     blur,
@@ -138,6 +139,17 @@ def test_blur_keeps_the_mean_and_has_the_width_asked_for():
     at = torch.arange(41) - 20
     assert spread.sum() == pytest.approx(1) and math.sqrt((spread.sum(0) * at**2).sum()) == pytest.approx(2, rel=0.01)
     assert torch.equal(blur(point, 0), point)
+
+
+def test_a_figure_of_no_kind_is_refused_before_anything_is_computed(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    assert main(['explain', 'absent.png', '--weights', 'absent.pth', '-o', str(tmp_path / 'e.txt')]) == 2
+    assert 'e.txt: no figure has such a name; expected one that ends with .png, .pdf or .svg' in capsys.readouterr().err
+
+
+def test_an_image_too_small_is_named():
+    with pytest.raises(UserError, match=r'a\.png: has 5x4 pixels, expected 6x6 or more'):
+        most_detailed(np.zeros((4, 5, 3), np.float32), 6, 'a.png')
 
 
 def test_the_patch_chosen_is_the_most_detailed_one():

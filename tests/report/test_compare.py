@@ -1,6 +1,7 @@
 """A comparison gives the digits of `basicsr test`, and a report that stands alone."""
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -170,6 +171,15 @@ def test_every_network_is_averaged_over_the_same_images_and_what_is_left_out_is_
     assert any(each.startswith(note) for each in result['notes'])
     assert note in ' '.join(capsys.readouterr().out.split())
     assert note in (out / 'report.html').read_text(encoding='utf-8')
+
+
+def test_an_image_whose_name_is_not_utf8_is_compared(inputs, tmp_path):
+    (tmp_path / 'set').mkdir()
+    photo = next((inputs / 'three' / 'GTmod12').iterdir())
+    shutil.copy(photo, tmp_path / 'set' / (os.fsdecode(b'c\xffv') + photo.suffix))
+    assert main(['compare', str(inputs / 'a.pth'), '--data', str(tmp_path / 'set'), '-o', str(tmp_path / 'out')]) == 0
+    [row] = json.loads((tmp_path / 'out' / 'comparison.json').read_text(encoding='utf-8'))['images']
+    assert row['image'] == os.fsdecode(b'c\xffv') and 'c\\udcffv' in (tmp_path / 'out' / 'per_image.csv').read_text()
 
 
 def test_nothing_is_overwritten_unasked(inputs, report, capsys):

@@ -127,8 +127,8 @@ LABELS = {
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.webm'])
-@pytest.mark.parametrize('name', LABELS)
+@pytest.mark.parametrize('name, suffix', [*((name, '.mkv') for name in LABELS), ('pq', '.mp4'), ('pq', '.webm'),
+                                          ('unlabelled', '.mp4'), ('telephone', '.webm'), ('hd', '.avi')])
 def test_colours_stay_what_they_were_under_the_labels_they_had(name, suffix, tmp_path):
     codec, form, *labels, range_ = LABELS[name]
     source, target = tmp_path / f'{name}.mp4', tmp_path / f'new{suffix}'
@@ -163,6 +163,41 @@ def test_hdr_that_the_output_cannot_hold_is_refused_with_what_to_do(run, shared)
     code, _, err = run(str(shared / 'reports' / 'hdr.mkv'), '-o', 'hdr.avi')
     assert code == 1 and err.count('\n') == 1 and not Path('hdr.avi').exists()
     assert 'is HDR (PQ), and .avi has no place for that' in err and 'tonemap' in err
+
+
+def described(height=48, **stream):
+    return video.Probe(Path('a b.mkv'), 64, height, Fraction(25), 1, stream=stream)
+
+
+@pytest.mark.parametrize('stream, said', [
+    ({'color_space': 'ictcp'}, 'is in the colour space ictcp'),
+    ({'color_space': 'ycgco'}, 'is in the colour space ycgco'),
+    ({'side_data_list': [{'dv_profile': 5}]}, 'is in Dolby Vision of profile 5')])
+def test_colours_that_ffmpeg_would_misread_are_refused_with_what_to_do(stream, said):
+    with pytest.raises(UserError) as refused:
+        described(**stream).refuse_colours(Path('b.mkv'))
+    assert said in str(refused.value) and "ffmpeg -i 'a b.mkv' -vf libplacebo=colorspace=bt709" in str(refused.value)
+
+
+def test_colours_without_labels_are_what_players_take_them_for():
+    assert [described(height).matrix for height in (576, 720)] == ['smpte170m', 'bt709']
+    assert described(1080, color_space='bt470bg').matrix == 'bt470'
+
+
+@needs_ffmpeg
+def test_hdr_of_8_bits_and_the_layers_above_it_are_told_apart():
+    hlg = described(color_transfer='arib-std-b67', pix_fmt='yuv420p')
+    hlg.refuse_colours(Path('b.avi'))  # the labels are H.264's own
+    assert '-color_trc' in hlg.labels() and not hlg.keeps_depth(Path('b.mkv'))
+    layered = described(pix_fmt='yuv420p10le', side_data_list=[{'dv_profile': 8}])
+    layered.refuse_colours(Path('b.mkv'))
+    assert layered.depth == 10 and any('Dolby Vision' in line for line in layered.changes(Path('b.mkv')))
+
+
+@pytest.mark.parametrize('form, depth', [('yuv420p', 8), ('yuv420p10le', 10), ('p010le', 10), ('rgb48be', 16),
+                                         ('gbrp12le', 12), ('yuv444p9be', 9), ('nv12', 8), ('x2rgb10le', 10)])
+def test_the_depth_is_read_from_the_form_of_the_pixels(form, depth):
+    assert described(pix_fmt=form).depth == depth
 
 
 @needs_ffmpeg
