@@ -44,7 +44,7 @@ def note(opt: dict) -> str:
     kept = {key: value for key, value in opt.items() if key not in _BESIDE}
     kept['datasets'] = {'train': {key: value for key, value in opt['datasets']['train'].items() if key not in _LOADING}}
     kept['val'] = {'metrics': (opt.get('val') or {}).get('metrics')}
-    return json.dumps(kept)
+    return json.dumps(kept, default=str)  # YAML has dates
 
 
 def noted(state: dict) -> dict[str, object] | None:
