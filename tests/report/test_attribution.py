@@ -179,7 +179,7 @@ def test_networks_are_drawn_side_by_side(files, capsys):
 
 
 @pytest.mark.parametrize('words, expected', [
-    (['absent.png', '--weights', 'a.pth'], 'absent.png: cannot be read'),
+    (['absent.png', '--weights', 'a.pth'], 'absent.png: no such file'),
     (['{image}', '--weights', 'bicubic'], 'bicubic has no weights'),
     (['{image}', '--weights', 'absent.pth'], 'absent.pth: no such file'),
     (['{image}', '--weights', 'a.pth', '--patch', '0', '0', '99'], '--patch 0 0 99: is not inside'),
