@@ -82,7 +82,7 @@ def _failing(error):
     if error == 'requests':
         requests.get('http://127.0.0.1:9/file')
     if error == 'permission':
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/root/x')
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'folder/x')
     if error == 'folder':
         open(os.path.dirname(__file__))
     if error == 'full':
@@ -104,7 +104,7 @@ def _failing(error):
     ('lmdb full', 'LMDB: '), ('lmdb absent', '/absent/folder'), ('opencv', 'OpenCV: '), ('yaml', 'PyYAML: '),
     ('offline', 'cannot be reached (<urlopen error [Errno 111] Connection refused>)'),
     ('requests', 'http://127.0.0.1:9/file: cannot be reached'),
-    ('permission', '/root/x: Permission denied; change its permissions, or name another path'),
+    ('permission', 'folder/x: Permission denied; change its permissions, or name another path'),
     ('folder', 'Is a directory; expected a file'), ('full', 'No space left on device; make room'),
     ('name', "the name 'c\\udcffv' is not UTF-8; rename"), ('text', 'not UTF-8'),
     ('module', 'absent_package is not installed: pip install absent_package'),

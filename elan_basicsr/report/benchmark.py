@@ -19,7 +19,7 @@ from rich.table import Table
 from elan_basicsr.errors import UserError
 from elan_basicsr.report.figures import bubble_chart, new_figure, si
 from elan_basicsr.report.memory import peak_memory
-from elan_basicsr.report.rivals import PACKAGES, is_installed, rival
+from elan_basicsr.report.rivals import is_installed, rival
 from elan_basicsr.report.subjects import COLOURS, Subject
 from elan_basicsr.report.timing import (
     BusyLoops,
@@ -142,7 +142,7 @@ def _without_missing(subjects: Sequence[Subject]) -> list[Subject]:
     for subject in subjects:
         program = (rival(subject.spec) or ('',))[0]
         if program and not is_installed(program):
-            print(f'basicsr: {subject.name} is left out: pip install {PACKAGES[program]}', file=sys.stderr)
+            print(f'basicsr: {subject.name} is left out: pip install {program}', file=sys.stderr)
         else:
             there.append(subject)
     return there

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from elan_basicsr.errors import UserError
 from elan_basicsr.interop.onnx import OnnxNetwork
 
-PACKAGES = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino'}
-"""What stands before the colon of `openvino:FILE.onnx`, and the package that it needs."""
+PACKAGES = ('onnxruntime', 'openvino')
+"""What stands before the colon of `openvino:FILE.onnx`."""
 
 
 def rival(spec: str) -> tuple[str, str] | None:
@@ -23,7 +23,7 @@ def rival(spec: str) -> tuple[str, str] | None:
 
 
 def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(PACKAGES[name]) is not None
+    return importlib.util.find_spec(name) is not None
 
 
 def build_rival(name: str, file: str) -> nn.Module:
@@ -32,23 +32,26 @@ def build_rival(name: str, file: str) -> nn.Module:
     Raises:
         UserError: The file is missing, damaged, or no network of images.
     """
-    network = OnnxNetwork(file)  # which checks the file
-    return network if name == 'onnxruntime' else OpenVinoNetwork(file, network.scale)
+    return OnnxNetwork(file) if name == 'onnxruntime' else OpenVinoNetwork(file)
 
 
 class OpenVinoNetwork(nn.Module):
     """An ONNX file in OpenVINO on the CPU, in bf16 under autocast: (B, C, h, w) in 0..1 -> (B, C, h*scale, w*scale)."""
 
-    def __init__(self, file: str, scale: int):
+    def __init__(self, file: str):
         super().__init__()
         import openvino
-        self.core, self.file, self.scale = openvino.Core(), file, scale
+        self.core, self.file = openvino.Core(), file
+        try:
+            self.model = self.core.read_model(file)
+        except RuntimeError as error:
+            raise UserError(f'{file}: OpenVINO cannot read it ({" ".join(str(error).split())[-200:]})') from None
         self.compiled = cache(self._compile)
 
     def _compile(self, shape: tuple[int, ...], precision: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
         """For one shape, as OpenVINO is fastest with."""
         try:
-            model = self.core.read_model(self.file)
+            model = self.model.clone()
             model.reshape(list(shape))
             compiled = self.core.compile_model(model, 'CPU', {
                 'INFERENCE_PRECISION_HINT': precision, 'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'})
