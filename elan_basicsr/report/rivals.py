@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class OpenVinoNetwork(nn.Module):
     def __init__(self, file: str):
         super().__init__()
         import openvino
+        if not Path(file).is_file():
+            raise UserError(f'{file}: no such file; expected an ONNX file')
         self.core, self.file = openvino.Core(), file
         try:
             self.model = self.core.read_model(file)
