@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, features
 
 from elan_basicsr.data import tiff
@@ -40,7 +41,8 @@ _SRGB_PRIMARIES = (1, 2)
 # XMP that tells a reader of the file to look for a video or a gain map behind the picture.
 _OF_MORE_THAN_THE_PICTURE = re.compile(rb'GCamera:|GContainer:|Container:Directory|hdrgm:|HasExtendedXMP')
 BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, cv2.error, KeyError, IndexError,
-             TypeError, OverflowError, NotImplementedError, ZeroDivisionError, Image.DecompressionBombError)
+             TypeError, OverflowError, NotImplementedError, ZeroDivisionError, Image.DecompressionBombError,
+             tifffile.TiffFileError)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 import tifffile
+from PIL import Image
 
 from elan_basicsr.errors import UserError
 
@@ -35,11 +36,13 @@ class Layout:
 
     @property
     def reader(self) -> str:
-        """Who reads the pixels right: tifffile grey and RGB, Pillow the rest.
+        """Who reads the pixels right: tifffile grey, RGB and YCbCr without compression, Pillow the rest.
 
         Where tifffile lacks the compression Pillow reads 8 bits and OpenCV 16, of channels that they do not mix up.
         """
         page = self.page
+        if page.photometric == _YCBCR and page.compression == 1:  # Pillow before 13 takes four bytes for each pixel
+            return TIFFFILE
         if page.photometric not in _TIFFFILES or page.bitspersample < 8:
             return PILLOW
         count = _COLOURS[page.photometric]
@@ -113,7 +116,7 @@ def _channels(page) -> tuple[int, int | None, int]:
 
 
 def read_pixels(layout: Layout, file: BinaryIO, path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colour (H, W, 1 or 3) and alpha (H, W) or None of grey and RGB, uint8 or uint16, as the picture is shown.
+    """Colour (H, W, 1 or 3) and alpha (H, W) or None of grey, RGB and YCbCr, uint8 or uint16, as the picture is shown.
 
     Raises:
         UserError: The compression is one that needs imagecodecs.
@@ -125,6 +128,8 @@ def read_pixels(layout: Layout, file: BinaryIO, path) -> tuple[np.ndarray, np.nd
     colour, alpha = pixels[..., :count], None if at is None else pixels[..., at]
     if page.photometric == _WHITE_IS_0:
         colour = most - colour
+    elif page.photometric == _YCBCR:
+        colour = np.asarray(Image.frombytes('YCbCr', colour.shape[1::-1], colour.tobytes()).convert('RGB'))
     if alpha is not None and [what for what in page.extrasamples if what][:1] == [_ASSOCIATED]:
         share = np.maximum(alpha, 1)[..., None] / most
         colour = np.minimum(np.round(colour / share), most).astype(pixels.dtype)
