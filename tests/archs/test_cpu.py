@@ -94,14 +94,14 @@ def test_those_for_avx2_hold_the_same_promises():
 @settings(max_examples=25, deadline=None)
 @given(h=st.integers(1, 70), w=st.integers(1, 150), batch=st.integers(1, 2), num_share=st.sampled_from([0, 1, 3]),
        windows=st.sampled_from([(4, 8, 16), (8, 12), (16,), (4, 20)]), width=st.integers(1, 4),
-       count=st.integers(1, 3), band=st.sampled_from([1, 2**20]))
-def test_an_image_is_what_the_modules_give(h, w, batch, num_share, windows, width, count, band):
+       count=st.integers(1, 3), at_once=st.sampled_from([1, 2**18, 2**26]))
+def test_an_image_is_what_the_modules_give(h, w, batch, num_share, windows, width, count, at_once):
     feat = 10 * width * len(windows)  # odd numbers of channels for a group, and for a shift, among them
     net = _network(num_feat=feat, num_share=num_share, window_sizes=windows)
     x = torch.rand(batch, 3, h, w, generator=torch.Generator().manual_seed(h * w))
     before, threads = x.clone(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, 'BAND_NUMBERS', band)
+        patch.setattr(inference, 'NUMBERS_AT_ONCE', at_once)
         try:
             torch.set_num_threads(count)
             ours = _evaluate(net, x)
@@ -110,6 +110,23 @@ def test_an_image_is_what_the_modules_give(h, w, batch, num_share, windows, widt
     exact = _of_the_modules(net, x, _evaluate)
     assert (ours - exact).abs().max() <= ROUNDING * (exact.max() - exact.min() + 1)
     assert torch.equal(x, before)
+
+
+@compiled
+@settings(max_examples=15, deadline=None)
+@given(bands=st.integers(1, 9), across=st.integers(1, 5), num_share=st.sampled_from([0, 1]),
+       windows=st.sampled_from([(4, 8, 16), (8,)]), count=st.sampled_from([2, 7, 16]))
+def test_the_number_of_threads_changes_no_bit(bands, across, num_share, windows, count):
+    net = _network(num_feat=10 * len(windows), num_block=8, num_share=num_share, window_sizes=windows)
+    x = torch.rand(1, 10 * len(windows), bands * windows[-1], across * windows[-1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = inference.run_body(net.body, x, windows)
+        torch.set_num_threads(count)
+        assert all(torch.equal(inference.run_body(net.body, x, windows), alone) for _ in range(5))
+    finally:
+        torch.set_num_threads(threads)
 
 
 CHANGED = {

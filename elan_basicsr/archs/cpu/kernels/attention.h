@@ -13,22 +13,16 @@ struct Windows {
     long number(long task) const { return smaller(together(), size.w / edge - task % across() * together()); }
 };
 
-// A map of which only the latest `period` rows are kept, in turn, and after them the `top` first ones.
-struct Kept {
-    long h, period, top;
-    long row(long y) const { return y % h < top ? period + y % h : y % h % period; }
-};
-
 // Cut `lines` channels of the windows of a task out of a map, into [channel][room()], or paste them back.
 template <bool CUT, long EDGE>
-INLINE void move_windows(float *map, const Kept &kept, const Windows &windows, long task, long lines, float *tokens) {
+INLINE void move_windows(float *map, const Windows &windows, long task, long lines, float *tokens) {
     const Map &size = windows.size;
     const long edge = EDGE ? EDGE : windows.edge, room = windows.room(), number = windows.number(task);
     const long band = task / windows.across(), bands = size.h / edge, image = band / bands;
     const long column = task % windows.across() * windows.together() * edge + windows.shift;
     const bool wraps = column + number * edge > size.w;
     for (long i = 0; i < edge; i++) {
-        float *line = map + (image * size.h + kept.row(band % bands * edge + i + windows.shift)) * size.row();
+        float *line = map + (image * size.h + (band % bands * edge + i + windows.shift) % size.h) * size.row();
         float *token = tokens + i * edge;
         for (long k = 0; k < lines; k++, line += size.pitch, token += room) {
             if (!wraps) {
@@ -51,25 +45,21 @@ INLINE void move_windows(float *map, const Kept &kept, const Windows &windows, l
 }
 
 template <bool CUT>
-INLINE void move_windows(float *map, const Kept &kept, const Windows &windows, long task, long lines, float *tokens) {
+INLINE void move_windows(float *map, const Windows &windows, long task, long lines, float *tokens) {
     switch (windows.edge) {
-    case 4: return move_windows<CUT, 4>(map, kept, windows, task, lines, tokens);
-    case 8: return move_windows<CUT, 8>(map, kept, windows, task, lines, tokens);
-    case 16: return move_windows<CUT, 16>(map, kept, windows, task, lines, tokens);
-    default: return move_windows<CUT, 0>(map, kept, windows, task, lines, tokens);
+    case 4: return move_windows<CUT, 4>(map, windows, task, lines, tokens);
+    case 8: return move_windows<CUT, 8>(map, windows, task, lines, tokens);
+    case 16: return move_windows<CUT, 16>(map, windows, task, lines, tokens);
+    default: return move_windows<CUT, 0>(map, windows, task, lines, tokens);
     }
 }
 
 INLINE void cut(const float *map, const Windows &windows, long task, long lines, float *tokens) {
-    move_windows<true>(const_cast<float *>(map), {windows.size.h, windows.size.h, 0}, windows, task, lines, tokens);
-}
-
-INLINE void paste(const float *tokens, const Windows &windows, long task, long lines, float *map, const Kept &kept) {
-    move_windows<false>(map, kept, windows, task, lines, const_cast<float *>(tokens));
+    move_windows<true>(const_cast<float *>(map), windows, task, lines, tokens);
 }
 
 INLINE void paste(const float *tokens, const Windows &windows, long task, long lines, float *map) {
-    paste(tokens, windows, task, lines, map, {windows.size.h, windows.size.h, 0});
+    move_windows<false>(map, windows, task, lines, const_cast<float *>(tokens));
 }
 
 // out = weights x + bias for the tokens of a task: x is [k][room()], out [n][room()].
@@ -142,31 +132,25 @@ inline void attention(const float *q, const float *v, long room, long n, long d,
     }
 }
 
-// Attend in rows first.. to last of windows of one group: project x (windows.size) to queries and values, or to values
-// where the queries of an earlier module are there, and write the result to `out`: d lines of a map that is `kept`.
+// Attend in the windows of a task of one group: project x (windows.size) to queries and values, or to values where the
+// queries of an earlier module are there, and write the result to `out`: d lines of such a map.
 //
 // queries: [task][d][room()], written or read; or null.
-static void attend(const float *x, float *out, Kept kept, float *queries, bool shares, Windows windows, long first,
-                   long last, long d, const float *weights, const float *bias, float *scratch, long each,
-                   long threads) {
+static void attend(const float *x, float *out, float *queries, bool shares, const Windows &windows, long task, long d,
+                   const float *weights, const float *bias, float *scratch) {
     const long c = windows.size.c, room = windows.room(), n = windows.tokens(), projected = shares ? d : 2 * d;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long task = first * windows.across(); task < last * windows.across(); task++) {
-        float *tokens = scratch + omp_get_thread_num() * each, *q = tokens + c * room, *v = q + (shares ? 0 : d * room);
-        float *result = q + projected * room, *maps = result + d * room;
-        cut(x, windows, task, c, tokens);
-        project(tokens, windows, task, weights, bias, c, projected, q);
-        if (queries) {
-            float *shared = queries + task * d * room;
-            if (shares) q = shared;
-            else memcpy(shared, q, d * room * 4);
-        }
-        for (long j = 0; j < windows.number(task); j++) {
-            (n % (2 * LANES) ? attention<1> : attention<2>)(q + j * n, v + j * n, room, n, d, maps, result + j * n,
-                                                            nullptr);
-        }
-        paste(result, windows, task, d, out, kept);
+    float *tokens = scratch, *q = tokens + c * room, *v = q + (shares ? 0 : d * room);
+    float *result = q + projected * room, *maps = result + d * room;
+    cut(x, windows, task, c, tokens);
+    project(tokens, windows, task, weights, bias, c, projected, q);
+    if (queries) {
+        float *shared = queries + task * d * room;
+        if (shares) q = shared;
+        else memcpy(shared, q, d * room * 4);
     }
+    for (long j = 0; j < windows.number(task); j++)
+        (n % (2 * LANES) ? attention<1> : attention<2>)(q + j * n, v + j * n, room, n, d, maps, result + j * n, nullptr);
+    paste(result, windows, task, d, out);
 }
 
 }  // namespace NAMESPACE

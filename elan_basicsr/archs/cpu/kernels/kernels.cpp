@@ -6,13 +6,21 @@
 //
 // Weights are packed as [block of R outputs][input][R], filled up with zeros, and biases filled up as well.
 #include <omp.h>
+#include <pthread.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+// A module, as archs/cpu/inference.py writes it down: packed weights, and what its attention is.
+struct Module {
+    const float *weights0, *bias0, *weights1, *bias1, *out_weights, *out_bias;
+    int64_t shares, shifted;
+};
 
 #ifdef __x86_64__
 
@@ -23,6 +31,7 @@
 #include "tiles.h"
 #include "attention.h"
 #include "features.h"
+#include "bands.h"
 #include "gradients.h"
 #pragma GCC pop_options
 #undef NAMESPACE
@@ -35,6 +44,7 @@
 #include "tiles.h"
 #include "attention.h"
 #include "features.h"
+#include "bands.h"
 #include "gradients.h"
 #pragma GCC pop_options
 
@@ -63,6 +73,7 @@ int width() {
 #include "tiles.h"
 #include "attention.h"
 #include "features.h"
+#include "bands.h"
 #include "gradients.h"
 
 #define CHOOSE(name, ...) neon::name(__VA_ARGS__)
@@ -82,23 +93,11 @@ long elan_lanes() { return width(); }
 // What these kernels were compiled from, as setup.py and library.py sum it up.
 const char *elan_sources() { return SOURCES; }
 
-void elan_features(const float *x, float *out, long h, long w, long pitch, long c, long first, long last, long hidden,
-                   const float *weights0, const float *bias0, const float *weights1, const float *bias1, float *scratch,
-                   long room, long threads) {
-    CHOOSE(features, x, out, {1, h, w, pitch, c}, first, last, hidden, weights0, bias0, weights1, bias1, scratch, room,
-           threads);
-}
-
-void elan_attend(const float *x, float *out, long period, long top, float *queries, long shares, long h, long w,
-                 long pitch, long c, long edge, long shift, long first, long last, long d, const float *weights,
-                 const float *bias, float *scratch, long each, long threads) {
-    CHOOSE(attend, x, out, {h, period, top}, queries, shares, {{1, h, w, pitch, c}, edge, shift}, first, last, d,
-           weights, bias, scratch, each, threads);
-}
-
-void elan_add_product(const float *y, long period, long top, float *x, long h, long w, long pitch, long c, long first,
-                      long last, const float *weights, const float *bias, long threads) {
-    CHOOSE(add_product, y, {h, period, top}, x, {1, h, w, pitch, c}, first, last, weights, bias, threads);
+void elan_body(float *x, float *other, long h, long w, long pitch, long c, long hidden, long groups,
+               const int64_t *edges, float *const *queries, const Module *modules, const float *const *projections,
+               long count, long rows, float *scratch, long each, long threads) {
+    CHOOSE(run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other, rows,
+           scratch, each, threads);
 }
 
 void elan_convolve(const float *x, float *out, const float *residual, long shifts, long relu, long b, long h, long w,
