@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, vector_lanes, windows_together
 
 ROWS = 16  # at a time, at most, as in kernels/gradients.h
+PARTS = 4  # of the rows, for each thread, as there
 
 _without_autocast = torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.float32)
 _backward_without_autocast = torch.amp.custom_bwd(device_type='cpu')
@@ -85,12 +86,12 @@ def _size(x: Tensor) -> tuple[int, int, int, int]:
 
 
 class _Sums:
-    """Zeros for each thread to add to, and their totals. Rows of matrices are filled up to whole vectors."""
+    """Zeros for each part of the rows to add to, and their totals. Rows of matrices are filled up to whole vectors."""
 
     def __init__(self, *shapes: tuple[int, ...], like: Tensor):
-        self.shapes, threads = shapes, torch.get_num_threads()
+        self.shapes, parts = shapes, PARTS * torch.get_num_threads()
         lanes = vector_lanes()
-        self.parts = [like.new_zeros(threads, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1
+        self.parts = [like.new_zeros(parts, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1
                                      else shape[0]) for shape in shapes]
 
     def totals(self) -> list[Tensor]:

@@ -1,8 +1,10 @@
 // What training needs beside: 1x1 convolutions that keep their output, and backward passes.
 //
-// Sums over pixels are made by each thread for its rows and added in the order of the threads: the same number of
-// threads gives the same bits.
+// Sums over pixels are made for each part of the rows and added in their order: the same number of threads gives the
+// same bits.
 namespace NAMESPACE {
+
+constexpr long PARTS = 4;  // for each thread, as in archs/cpu/training.py
 
 INLINE float total(vec v) {
     UNROLL for (int step = LANES / 2; step; step /= 2) {
@@ -17,6 +19,19 @@ INLINE float total(vec v) {
 INLINE long rows_at_a_time(const Map &size, long lines) {
     const long rows = 65536 / (size.pitch * lines);
     return rows < 1 ? 1 : rows > 16 ? 16 : rows;
+}
+
+// Call of(first, rows, part) for all rows, at most `step` at a time. Threads take parts as they are free, so that one that
+// loses its core holds up no more than a part.
+template <class Of>
+INLINE void in_parts(const Map &size, long step, long threads, Of of) {
+    const long parts = PARTS * threads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long part = 0; part < parts; part++) {
+        const long end = size.rows() * (part + 1) / parts;
+        for (long first = size.rows() * part / parts; first < end; first += step)
+            of(first, smaller(step, end - first), part);
+    }
 }
 
 // Lines of some rows: line i of row r starts at `at + r * row + i * line`.
@@ -109,8 +124,7 @@ INLINE Lines lines_of(const float *map, const Map &size, long row) {
 static void convolve(const float *x, float *out, const float *residual, bool shifts, bool relu, Map size, long n,
                      const float *weights, const float *bias, float *scratch, long each, long threads) {
     const Map to_size = size.with(n);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long y = 0; y < size.rows(); y++) {
+    in_parts(size, 1, threads, [&](long y, long, long) {
         float *packed = scratch + omp_get_thread_num() * each;
         for (long u = 0; u < size.vectors(); u += V) {
             const long vectors = smaller(V, size.vectors() - u), at = y * to_size.row() + u * LANES;
@@ -125,7 +139,7 @@ static void convolve(const float *x, float *out, const float *residual, bool shi
              : relu   ? product<RELU>
                       : product<WRITE>)(vectors, from, stride, weights, bias, size.c, n, out + at, size.pitch);
         }
-    }
+    });
 }
 
 // Pack rows of a shifted map, or of a gradient on its way back, each (c, pitch).
@@ -137,28 +151,26 @@ INLINE void pack_rows(const float *map, const Map &size, long first, long rows, 
 }
 
 // The second shift convolution of local features, backwards. grad: the gradient of its output, (c); hidden: its input,
-// (wide). Gives of_far, the gradient of its shifted input (wide), and of each thread [wide][c] and [c], of weights and
+// (wide). Gives of_far, the gradient of its shifted input (wide), and of each part [wide][c] and [c], of weights and
 // bias.
 static void features_back1(const float *grad, const float *hidden, float *of_far, Map size, long wide,
                            const float *weights, float *of_weights, float *of_bias, float *scratch, long each,
                            long threads) {
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < size.rows(); first += step) {
-        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
-        float *far = scratch + t * each, *columns = far + step * wide_size.row();
+    in_parts(size, step, threads, [&](long first, long rows, long part) {
+        float *far = scratch + omp_get_thread_num() * each, *columns = far + step * wide_size.row();
         pack_rows<false>(hidden, wide_size, first, rows, far);
         const Lines of_out = lines_of(grad, size, first);
         transpose(of_out, rows, size.w, columns);
         outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w,
-                      of_weights + t * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), of_bias + t * size.c);
+                      of_weights + part * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), of_bias + part * size.c);
         for (long y = first; y < first + rows; y++)
             for (long u = 0; u < size.vectors(); u += V)
                 product<WRITE>(smaller(V, size.vectors() - u), grad + y * size.row() + u * LANES, size.pitch, weights,
                                nullptr, size.c, wide, of_far + y * wide_size.row() + u * LANES, size.pitch);
-    }
+    });
 }
 
 // The first one backwards, through the ReLU: gives of_near, the gradient of its shifted input (c), and of weights
@@ -168,10 +180,8 @@ static void features_back0(const float *x, const float *hidden, const float *of_
                            long each, long threads) {
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < size.rows(); first += step) {
-        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
-        float *of_hidden = scratch + t * each, *near = of_hidden + step * wide_size.row();
+    in_parts(size, step, threads, [&](long first, long rows, long part) {
+        float *of_hidden = scratch + omp_get_thread_num() * each, *near = of_hidden + step * wide_size.row();
         float *columns = near + step * size.row();
         pack_rows<true>(of_far, wide_size, first, rows, of_hidden);
         const float *passed = hidden + first * wide_size.row();
@@ -180,33 +190,31 @@ static void features_back0(const float *x, const float *hidden, const float *of_
         pack_rows<false>(x, size, first, rows, near);
         transpose(lines_of(near, size, 0), rows, size.w, columns);
         const Lines of_out = lines_of(of_hidden, wide_size, 0);
-        outer_product(of_out, columns, size.c, rows, size.w, of_weights + t * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), of_bias + t * wide);
+        outer_product(of_out, columns, size.c, rows, size.w, of_weights + part * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), of_bias + part * wide);
         for (long y = 0; y < rows; y++)
             for (long u = 0; u < size.vectors(); u += V)
                 product<WRITE>(smaller(V, size.vectors() - u), of_hidden + y * wide_size.row() + u * LANES, size.pitch,
                                weights, nullptr, wide, size.c, of_near + (first + y) * size.row() + u * LANES,
                                size.pitch);
-    }
+    });
 }
 
 // out = grad + the shifted map's gradient, shifted back.
 static void add_shifted_back(const float *grad, const float *of_near, float *out, Map size, long threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long y = 0; y < size.rows(); y++) {
+    in_parts(size, 1, threads, [&](long y, long, long) {
         float *to = out + y * size.row();
         pack_rows<true>(of_near, size, y, 1, to);
         for (long i = 0; i < size.row(); i += LANES) store(to + i, load(to + i) + load(grad + y * size.row() + i));
-    }
+    });
 }
 
-// z = weights x + bias, and sums over its pixels of its squares, of each thread [n].
+// z = weights x + bias, and sums over its pixels of its squares, of each part [n].
 static void project_squares(const float *x, float *z, Map size, long n, const float *weights, const float *bias,
                             float *sums, long threads) {
     const Map z_size = size.with(n);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long y = 0; y < size.rows(); y++) {
-        float *mine = sums + omp_get_thread_num() * n, *row = z + y * z_size.row();
+    in_parts(size, 1, threads, [&](long y, long, long part) {
+        float *mine = sums + part * n, *row = z + y * z_size.row();
         for (long u = 0; u < size.vectors(); u += V)
             product<WRITE>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, bias,
                            size.c, n, row + u * LANES, size.pitch);
@@ -215,14 +223,12 @@ static void project_squares(const float *x, float *z, Map size, long n, const fl
             for (long u = 0; u < size.vectors(); u++) sum += load(row + u * LANES) * load(row + u * LANES);
             mine[i] += total(sum);
         }
-    }
+    });
 }
 
-// Sums over pixels of grad[i] * z[i] and grad[i], of each thread [n]: gradients of what BatchNorm scales z by and adds.
+// Sums over pixels of grad[i] * z[i] and grad[i], of each part [n]: gradients of what BatchNorm scales z by and adds.
 static void line_products(const float *grad, const float *z, Map size, float *sums, float *grad_sums, long threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long y = 0; y < size.rows(); y++) {
-        const long t = omp_get_thread_num();
+    in_parts(size, 1, threads, [&](long y, long, long part) {
         for (long i = 0; i < size.c; i++) {
             const float *a = grad + y * size.row() + i * size.pitch, *b = z + y * size.row() + i * size.pitch;
             vec sum = {}, grad_sum = {};
@@ -230,40 +236,36 @@ static void line_products(const float *grad, const float *z, Map size, float *su
                 sum += load(a + u) * load(b + u);
                 grad_sum += load(a + u);
             }
-            sums[t * size.c + i] += total(sum);
-            grad_sums[t * size.c + i] += total(grad_sum);
+            sums[part * size.c + i] += total(sum);
+            grad_sums[part * size.c + i] += total(grad_sum);
         }
-    }
+    });
 }
 
-// Sums over pixels of grad[i] * y[j] and grad[i], of each thread [n][filled(c)] and [n]. grad has n lines, y c.
+// Sums over pixels of grad[i] * y[j] and grad[i], of each part [n][filled(c)] and [n]. grad has n lines, y c.
 static void products(const float *grad, const float *y, Map size, long n, float *sums, float *grad_sums, float *scratch,
                      long each, long threads) {
     const Map grad_size = size.with(n);
     const long step = rows_at_a_time(size, n);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < size.rows(); first += step) {
-        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
-        float *columns = scratch + t * each;
+    in_parts(size, step, threads, [&](long first, long rows, long part) {
+        float *columns = scratch + omp_get_thread_num() * each;
         transpose(lines_of(y, size, first), rows, size.w, columns);
         const Lines of_out = lines_of(grad, grad_size, first);
-        outer_product(of_out, columns, size.c, rows, size.w, sums + t * n * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), grad_sums + t * n);
-    }
+        outer_product(of_out, columns, size.c, rows, size.w, sums + part * n * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), grad_sums + part * n);
+    });
 }
 
 // BatchNorm and the convolution before it backwards. grad: the gradient of the normalised map; z: what was normalised,
 // less its mean; both n lines, and scale * grad + through * z + bias is the gradient of z. Gives out, the gradient of x
-// added to `residual`, and of each thread [n][filled(c)], of weights.
+// added to `residual`, and of each part [n][filled(c)], of weights.
 static void norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
                       const float *x, const float *mean, const float *residual, float *out, Map size, long n,
                       const float *weights, float *of_weights, float *scratch, long each, long threads) {
     const Map z_size = size.with(n);
     const long step = rows_at_a_time(size, n);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < size.rows(); first += step) {
-        const long rows = smaller(step, size.rows() - first), t = omp_get_thread_num();
-        float *of_z = scratch + t * each, *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
+    in_parts(size, step, threads, [&](long first, long rows, long part) {
+        float *of_z = scratch + omp_get_thread_num() * each, *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
         for (long y = 0; y < rows; y++)
             for (long i = 0; i < n; i++)
                 for (long u = 0; u < size.vectors(); u++) {
@@ -277,7 +279,7 @@ static void norm_back(const float *grad, const float *z, const float *scale, con
                     store(centred + at, load(x + first * size.row() + at) - mean[k]);
                 }
         transpose(lines_of(centred, size, 0), rows, size.w, columns);
-        outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights + t * n * filled(size.c));
+        outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights + part * n * filled(size.c));
         for (long y = 0; y < rows; y++)
             for (long u = 0; u < size.vectors(); u += V) {
                 const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;
@@ -285,7 +287,7 @@ static void norm_back(const float *grad, const float *z, const float *scale, con
                 product<ADD>(vectors, of_z + y * z_size.row() + u * LANES, size.pitch, weights, nullptr, n, size.c,
                              out + at, size.pitch);
             }
-    }
+    });
 }
 
 // d lines of a map with n lines before BatchNorm, which scales them and adds `offset`.
