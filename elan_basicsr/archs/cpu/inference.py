@@ -8,16 +8,14 @@ through `.data`, as the toolbox's moving average makes them, leave no trace in a
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, windows_together
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, windows_together
 
-BAND = 16  # rows, at least: local features compute two more of them for each
 NUMBERS_AT_ONCE = 2**26  # of maps that a call computes: it cannot be interrupted, and takes a tenth of a second or so
 
 
@@ -71,19 +69,18 @@ class _Runner:
 
     def run(self) -> Tensor:
         """All blocks; the result (C, H, W) is a view of a map."""
-        step = math.lcm(*self.window_sizes)
         weights = [self._weights(lfe, gmsa) for lfe, gmsa in self.modules]
-        table = torch.tensor([[*map(_address, both), gmsa.shares, gmsa.shifted]
-                              for (both, _), (_, gmsa) in zip(weights, self.modules, strict=True)])
-        groups = torch.tensor([[_address(each) for each in parts] for _, parts in weights])
+        table = torch.stack([torch.cat([addresses(both), torch.tensor([gmsa.shares, gmsa.shifted])])
+                             for (both, _), (_, gmsa) in zip(weights, self.modules, strict=True)])
+        groups = torch.stack([addresses(parts) for _, parts in weights])
         queries = [self._room_for_queries(window) if self.shared else None for window in self.window_sizes]
         common = (self.h, self.w, self.pitch, self.c, self.hidden, len(self.window_sizes),
-                  torch.tensor(self.window_sizes), torch.tensor([_address(each) for each in queries]))
+                  torch.tensor(self.window_sizes), addresses(queries))
         at_once = max(NUMBERS_AT_ONCE // self.x.numel(), 1)
         for first in range(0, len(self.modules), at_once):
             count = min(at_once, len(self.modules) - first)
-            call('elan_body', self.x, self.other, *common, table[first:], groups[first:], count,
-                 -(-BAND // step) * step, self.scratch, self.room, torch.get_num_threads())
+            call('elan_body', self.x, self.other, *common, table[first:], groups[first:], count, self.scratch,
+                 self.room, *split(self.h, window_sizes=self.window_sizes))
             if count % 2:
                 self.x, self.other = self.other, self.x
         return self.x[..., :self.w].transpose(0, 1)
@@ -99,7 +96,3 @@ class _Runner:
         parts = zip(*(part.chunk(count) for part in folded(gmsa.project_in, gmsa.norm)), strict=True)
         return ([each for conv in (lfe.conv0, lfe.conv1, gmsa.project_out) for each in packed_conv(conv)],
                 [each for part in parts for each in packed(*part)])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

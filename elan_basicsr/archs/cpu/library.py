@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 OUTPUTS = 5  # of a tile, as in kernels/tiles.h
 PIXELS = 64  # of a tile, at most
 LINE = 16  # numbers that lines are multiples of
+BAND = 16  # rows, at least: local features compute two more of them for each
+PIECES = 8  # of a stage, at least, for each thread
 
 
 @cache
@@ -78,3 +83,16 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor |
 def windows_together(window: int) -> int:
     """How many windows a kernel works on at a time."""
     return max(PIXELS // window**2, 1)
+
+
+def split(height: int, batch: int = 1, window_sizes: Sequence[int] = (1,)) -> tuple[int, int, int]:
+    """How a kernel's threads divide the rows of a map: rows of a band, pieces of a band, and how many threads."""
+    threads, step = torch.get_num_threads(), math.lcm(*window_sizes)
+    rows = -(-BAND // step) * step
+    # Small pieces for many threads, at the price of more rows of local features that are computed twice.
+    return rows, min(rows, -(-PIECES * threads // (batch * -(-height // rows)))), threads
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Of what the tensors hold, 0 for None: a table that a kernel reads. Keep the tensors until it is done."""
+    return torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors])

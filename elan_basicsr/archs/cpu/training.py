@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elan_basicsr.archs.cpu.library import LINE, PIXELS, call, packed, vector_lanes, windows_together
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, vector_lanes, windows_together
 
 ROWS = 16  # at a time, at most, as in kernels/gradients.h
-PARTS = 4  # of the rows, for each thread, as there
 
 _without_autocast = torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.float32)
 _backward_without_autocast = torch.amp.custom_bwd(device_type='cpu')
@@ -74,10 +73,13 @@ def _scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return kept[name][:size].view(shape)
 
 
-def _room(x: Tensor, each: int) -> tuple[Tensor, int, int]:
-    """The last arguments of most kernels: memory for the threads, numbers of each, and how many threads."""
-    threads = torch.get_num_threads()
-    return _scratch('kernels', (threads * each,), x), each, threads
+def _room(x: Tensor, each: int, window_sizes: Sequence[int] = (1,)) -> tuple[Tensor | int, ...]:
+    """The last arguments of most kernels: memory for the threads, numbers of each, and how threads divide the rows."""
+    return _scratch('kernels', (torch.get_num_threads() * each,), x), each, *_split(x, window_sizes)
+
+
+def _split(x: Tensor, window_sizes: Sequence[int] = (1,)) -> tuple[int, int, int]:
+    return split(x.shape[1], len(x), window_sizes)
 
 
 def _size(x: Tensor) -> tuple[int, int, int, int]:
@@ -86,13 +88,14 @@ def _size(x: Tensor) -> tuple[int, int, int, int]:
 
 
 class _Sums:
-    """Zeros for each part of the rows to add to, and their totals. Rows of matrices are filled up to whole vectors."""
+    """Zeros for each slot of a kernel on map x to add to, and totals. Rows of matrices are filled up to vectors."""
 
-    def __init__(self, *shapes: tuple[int, ...], like: Tensor):
-        self.shapes, parts = shapes, PARTS * torch.get_num_threads()
+    def __init__(self, x: Tensor, *shapes: tuple[int, ...], window_sizes: Sequence[int] = (1,)):
+        rows, pieces, _ = _split(x, window_sizes)
+        self.shapes, slots = shapes, len(x) * -(-x.shape[1] // rows) * pieces
         lanes = vector_lanes()
-        self.parts = [like.new_zeros(parts, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1
-                                     else shape[0]) for shape in shapes]
+        self.parts = [x.new_zeros(slots, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1 else shape[0])
+                      for shape in shapes]
 
     def totals(self) -> list[Tensor]:
         return [part.sum(0)[..., :shape[-1]] for part, shape in zip(self.parts, self.shapes, strict=True)]
@@ -104,11 +107,10 @@ class _Features(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(ctx: Any, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
-        (b, h, c, w), wide = x.shape, len(bias0)
+        (b, h, _, w), wide = x.shape, len(bias0)
         hidden, out = x.new_empty(b, h, wide, w), torch.empty_like(x)
-        room = _room(x, wide * PIXELS)
-        call('elan_convolve', x, hidden, None, True, True, *_size(x), wide, *packed(weight0.flatten(1), bias0), *room)
-        call('elan_convolve', hidden, out, x, True, False, *_size(hidden), c, *packed(weight1.flatten(1), bias1), *room)
+        call('elan_features_forward', x, hidden, out, *_size(x), wide, *packed(weight0.flatten(1), bias0),
+             *packed(weight1.flatten(1), bias1), *_room(x, wide * PIXELS))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, hidden, weight0, weight1)
         return out
@@ -122,15 +124,11 @@ class _Features(torch.autograd.Function):
         grad = grad.contiguous()
         c, wide = x.shape[2], hidden.shape[2]
         of_far, of_near = _scratch('of_far', hidden.shape, x), _scratch('of_near', x.shape, x)
-        room = _room(x, ROWS * (wide + 2 * c + LINE) * x.shape[3])
-        sums1 = _Sums((wide, c), (c,), like=x)
-        call('elan_features_back1', grad, hidden, of_far, *_size(x), wide, packed(weight1.flatten(1).t())[0],
-             *sums1.parts, *room)
-        sums0 = _Sums((wide, c), (wide,), like=x)
-        call('elan_features_back0', x, hidden, of_far, of_near, *_size(x), wide, packed(weight0.flatten(1).t())[0],
-             *sums0.parts, *room)
         of_x = torch.empty_like(x)
-        call('elan_add_shifted_back', grad, of_near, of_x, *_size(x), torch.get_num_threads())
+        sums0, sums1 = _Sums(x, (wide, c), (wide,)), _Sums(x, (wide, c), (c,))
+        call('elan_features_back', x, hidden, grad, of_far, of_near, of_x, *_size(x), wide,
+             packed(weight0.flatten(1).t())[0], packed(weight1.flatten(1).t())[0], *sums0.parts, *sums1.parts,
+             *_room(x, ROWS * (wide + 2 * c + LINE) * x.shape[3]))
         (of_weight0, of_bias0), (of_weight1, of_bias1) = sums0.totals(), sums1.totals()
         return of_x, of_weight0.reshape(weight0.shape), of_bias0, of_weight1.t().reshape(weight1.shape), of_bias1
 
@@ -149,9 +147,14 @@ class _Shared:
         together = windows_together(window)
         return b * (h // window) * -(-(w // window) // together), together * window**2
 
-    def room(self, x: Tensor) -> tuple[Tensor, int, int]:
+    def room(self, x: Tensor) -> tuple[Tensor | int, ...]:
         c, tokens = x.shape[2], max(windows_together(w) * w**2 for w in self.window_sizes)
-        return _room(x, (c + 3 * c // len(self.window_sizes)) * tokens + max(self.window_sizes)**2 * 4 * LINE)
+        attention = (c + 3 * c // len(self.window_sizes)) * tokens + max(self.window_sizes)**2 * 4 * LINE
+        return _room(x, max(attention, ROWS * (c + LINE) * x.shape[3]), self.window_sizes)
+
+    def groups(self, x: Tensor, sums: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
+        """Map, windows and sums of softmax as kernels take them."""
+        return *_size(x), len(self.window_sizes), torch.tensor(self.window_sizes), self.shifted, addresses(sums)
 
     def begin_back(self, x: Tensor) -> None:
         """Memory for the way back, which blocks hand on to each other: one that stopped half-way keeps its own."""
@@ -183,14 +186,10 @@ class _Attention(torch.autograd.Function):
         values = z, scale * rstd, offset.clone()
         if module == 0:
             shared.queries = values
-        attended, out, sums = torch.empty_like(x), torch.empty_like(x), []
-        for i, window in enumerate(shared.window_sizes):
-            sums.append(x.new_empty(shared.tasks(x, window)))
-            call('elan_attend_normalised', *_group(shared.queries, values, i, shared), _lines(attended, i, shared),
-                 sums[i], *_size(x), window, shared.shifted * (window // 2), x.shape[2] // len(shared.window_sizes),
-                 *shared.room(x))
-        call('elan_convolve', attended, out, x, False, False, *_size(x), x.shape[2],
-             *packed(out_weight.flatten(1), out_bias), None, 0, torch.get_num_threads())
+        attended, out = torch.empty_like(x), torch.empty_like(x)
+        sums = [x.new_empty(shared.tasks(x, window)) for window in shared.window_sizes]
+        call('elan_attention_forward', *_normalised(shared.queries), *_normalised(values), *shared.groups(x, sums),
+             attended, x, out, *packed(out_weight.flatten(1), out_bias), *shared.room(x))
         ctx.shared, ctx.module = shared, module
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, attended, mean, rstd, weight, out_weight, *values, *shared.queries, *sums)
@@ -202,40 +201,31 @@ class _Attention(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         x, attended, mean, rstd, weight, out_weight, *rest = ctx.saved_tensors
-        values, queries, sums = rest[:3], rest[3:6], rest[6:]
+        values, queries, logarithms = rest[:3], rest[3:6], rest[6:]
         shared, module = ctx.shared, ctx.module
         grad = grad.contiguous()
         of_normalised = _scratch('of_normalised', values[0].shape, x)
         shared.begin_back(x)
-        out_weights = out_weight.flatten(1).t().chunk(len(shared.window_sizes))
-        for i, window in enumerate(shared.window_sizes):
-            both = _lines(of_normalised, i, shared)
-            d = x.shape[2] // len(shared.window_sizes)
-            call('elan_attend_back', *_group(queries, values, i, shared), grad, _lines(attended, i, shared), sums[i],
-                 both if module == 0 else None, both[:, :, -d:], *shared.later[i], shared.modules, module, *_size(x),
-                 window, shared.shifted * (window // 2), d, packed(out_weights[i])[0], *shared.room(x))
+        out_weights = [packed(part)[0] for part in out_weight.flatten(1).t().chunk(len(shared.window_sizes))]
+        n, c = values[0].shape[2], x.shape[2]
+        sums = _Sums(x, (c, c), (c,), (n,), (n,), window_sizes=shared.window_sizes)
+        later = torch.stack([torch.cat([addresses(each), torch.tensor([shared.modules])]) for each in shared.later])
+        call('elan_attention_back', *_normalised(queries), *_normalised(values), *shared.groups(x, logarithms), grad,
+             attended, of_normalised, later, module, addresses(out_weights), *sums.parts, *shared.room(x))
         if module == 0:
             shared.end_back()
-        c = x.shape[2]
-        out_sums = _Sums((c, c), (c,), like=x)
-        call('elan_products', grad, attended, *_size(x), c, *out_sums.parts, *_room(x, ROWS * (c + LINE) * x.shape[3]))
-        of_out_weight, of_out_bias = out_sums.totals()
-        of_x, *of_norm = _project_back(of_normalised, values[0], values[1], grad, x, mean, rstd, weight)
-        return of_x, *of_norm, of_out_weight.reshape(out_weight.shape), of_out_bias, None, None, None
+        of_out_weight, of_out_bias, of_scale, of_offset = sums.totals()
+        of_scale = of_scale * rstd
+        of_x, of_weight = _norm_back(of_normalised, values[0], values[1], of_scale, of_offset, grad, x, mean, rstd,
+                                     weight)
+        return (of_x, of_weight, torch.zeros_like(rstd), of_scale, of_offset,
+                of_out_weight.reshape(out_weight.shape), of_out_bias, None, None, None)
 
 
-def _lines(x: Tensor, group: int, shared: _Shared) -> Tensor:
-    """The channels of a group of windows in (B, H, C, W)."""
-    width = x.shape[2] // len(shared.window_sizes)
-    return x[:, :, group * width:(group + 1) * width]
-
-
-def _group(queries: Sequence[Tensor], values: Sequence[Tensor], i: int, shared: _Shared) -> Iterator[Tensor | int]:
-    """Queries and values of a group as kernels take them: lines of a map, how many it has, their scale and offset."""
-    count, width = len(shared.window_sizes), values[0].shape[2] // len(shared.window_sizes)
-    d = queries[0].shape[2] // (2 * count)
-    for (z, scale, offset), first in ((queries, 2 * d * i), (values, width * (i + 1) - d)):
-        yield from (z[:, :, first:], z.shape[2], scale[first:], offset[first:])
+def _normalised(values: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
+    """A map before BatchNorm as kernels take it: lines, how many there are, their scale and offset."""
+    z, scale, offset = values
+    return z, z.shape[2], scale, offset
 
 
 def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,9 +236,8 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> t
     mean, count = x.mean((0, 1, 3)), x.numel() // x.shape[2]
     centre = matrix @ mean
     z = x.new_empty(*x.shape[:2], len(matrix), x.shape[3])
-    sums = _Sums((len(matrix),), like=x)
-    call('elan_project_squares', x, z, *_size(x), len(matrix), *packed(matrix, -centre), *sums.parts,
-         torch.get_num_threads())
+    sums = _Sums(x, (len(matrix),))
+    call('elan_project_squares', x, z, *_size(x), len(matrix), *packed(matrix, -centre), *sums.parts, *_split(x))
     var = sums.totals()[0] / count
     batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
     assert batches is not None and running_mean is not None and running_var is not None  # `stand_in` saw to it
@@ -259,17 +248,12 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> t
     return z, mean, (var + norm.eps).rsqrt()
 
 
-def _project_back(grad: Tensor, z: Tensor, g: Tensor, residual: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                  weight: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, with `residual` added, and of weight, bias, scale and offset from that of the normalised map."""
+def _norm_back(grad: Tensor, z: Tensor, g: Tensor, of_scale: Tensor, of_offset: Tensor, residual: Tensor, x: Tensor,
+               mean: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with `residual` added, and of weight, from those of what BatchNorm gives, scales by and adds."""
     n, c = len(weight), x.shape[2]
     count = x.numel() // c
-    sums = _Sums((n,), (n,), like=x)
-    call('elan_line_products', grad, z, *_size(z), *sums.parts, torch.get_num_threads())
-    of_scale, of_offset = sums.totals()
-    of_scale = of_scale * rstd
-    of_x, weight_sums = torch.empty_like(x), _Sums((n, c), like=x)
+    of_x, sums = torch.empty_like(x), _Sums(x, (n, c))
     call('elan_norm_back', grad, z, g, -g * rstd * of_scale / count, -g * of_offset / count, x, mean, residual, of_x,
-         *_size(x), n, packed(weight.flatten(1).t())[0], *weight_sums.parts,
-         *_room(x, ROWS * (n + 2 * c + LINE) * x.shape[3]))
-    return of_x, weight_sums.totals()[0].reshape(weight.shape), torch.zeros_like(rstd), of_scale, of_offset
+         *_size(x), n, packed(weight.flatten(1).t())[0], *sums.parts, *_room(x, ROWS * (n + 2 * c + LINE) * x.shape[3]))
+    return of_x, sums.totals()[0].reshape(weight.shape)

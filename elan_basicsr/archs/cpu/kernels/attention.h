@@ -10,6 +10,11 @@ struct Windows {
     long room() const { return together() * tokens(); }  // tokens in memory
     long across() const { return (size.w / edge + together() - 1) / together(); }
     long tasks() const { return size.b * (size.h / edge) * across(); }
+    // The first task of a piece of a band, or of the piece `more` further on.
+    long from(const Piece &piece, long pieces, long more) const {
+        return piece.first / edge * across() +
+               (piece.last - piece.first) / edge * across() * (piece.number + more) / pieces;
+    }
     long number(long task) const { return smaller(together(), size.w / edge - task % across() * together()); }
 };
 

@@ -1,10 +1,7 @@
 // What training needs beside: 1x1 convolutions that keep their output, and backward passes.
 //
-// Sums over pixels are made for each part of the rows and added in their order: the same number of threads gives the
-// same bits.
+// Sums over pixels are made for each slot (`Piece`) and added in their order, so that the same slots give the same bits.
 namespace NAMESPACE {
-
-constexpr long PARTS = 4;  // for each thread, as in archs/cpu/training.py
 
 INLINE float total(vec v) {
     UNROLL for (int step = LANES / 2; step; step /= 2) {
@@ -19,19 +16,6 @@ INLINE float total(vec v) {
 INLINE long rows_at_a_time(const Map &size, long lines) {
     const long rows = 65536 / (size.pitch * lines);
     return rows < 1 ? 1 : rows > 16 ? 16 : rows;
-}
-
-// Call of(first, rows, part) for all rows, at most `step` at a time. Threads take parts as they are free, so that one that
-// loses its core holds up no more than a part.
-template <class Of>
-INLINE void in_parts(const Map &size, long step, long threads, Of of) {
-    const long parts = PARTS * threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long part = 0; part < parts; part++) {
-        const long end = size.rows() * (part + 1) / parts;
-        for (long first = size.rows() * part / parts; first < end; first += step)
-            of(first, smaller(step, end - first), part);
-    }
 }
 
 // Lines of some rows: line i of row r starts at `at + r * row + i * line`.
@@ -120,17 +104,24 @@ INLINE Lines lines_of(const float *map, const Map &size, long row) {
     return {map + row * size.row(), size.row(), size.pitch, size.c};
 }
 
-// out = weights shift(x) + bias, through a ReLU or added to `residual`; `shifts` is 0 for x as it is. out has n lines.
-static void convolve(const float *x, float *out, const float *residual, bool shifts, bool relu, Map size, long n,
-                     const float *weights, const float *bias, float *scratch, long each, long threads) {
+// Memory of each thread's own.
+struct Scratch {
+    float *memory;
+    long each;
+    float *of(long thread) const { return memory + thread * each; }
+};
+
+// out = weights shift(x) + bias in the rows of a piece, through a ReLU or added to `residual`; without `packed`, of x as it
+// is. out has n lines.
+static void convolve(const float *x, float *out, const float *residual, bool relu, const Map &size, long n,
+                     const float *weights, const float *bias, const Piece &piece, float *packed) {
     const Map to_size = size.with(n);
-    in_parts(size, 1, threads, [&](long y, long, long) {
-        float *packed = scratch + omp_get_thread_num() * each;
+    for (long y = piece.begin; y < piece.end; y++)
         for (long u = 0; u < size.vectors(); u += V) {
             const long vectors = smaller(V, size.vectors() - u), at = y * to_size.row() + u * LANES;
             const float *from = x + y * size.row() + u * LANES;
             long stride = size.pitch;
-            if (shifts) {
+            if (packed) {
                 pack_shifted<false>(rows_at(x, size, y), size.pitch, size.c, size.w, u, vectors, packed, PIXELS);
                 from = packed, stride = PIXELS;
             }
@@ -139,7 +130,19 @@ static void convolve(const float *x, float *out, const float *residual, bool shi
              : relu   ? product<RELU>
                       : product<WRITE>)(vectors, from, stride, weights, bias, size.c, n, out + at, size.pitch);
         }
-    });
+}
+
+// out = x + the local features of x; hidden: the widened map.
+static void features_forward(const float *x, float *hidden, float *out, const Map &size, long wide,
+                             const float *weights0, const float *bias0, const float *weights1, const float *bias1,
+                             Scratch scratch, const Split &split) {
+    in_bands(size, split, 2, [](long stage) { return stage ? Needs{BESIDE, BESIDE} : Needs{NONE, NONE}; },
+             [&](const Piece &piece, long thread) {
+                 if (!piece.stage) convolve(x, hidden, nullptr, true, size, wide, weights0, bias0, piece,
+                                            scratch.of(thread));
+                 else convolve(hidden, out, x, false, size.with(wide), size.c, weights1, bias1, piece,
+                               scratch.of(thread));
+             });
 }
 
 // Pack rows of a shifted map, or of a gradient on its way back, each (c, pitch).
@@ -150,39 +153,46 @@ INLINE void pack_rows(const float *map, const Map &size, long first, long rows, 
                            to + y * size.row(), size.pitch);
 }
 
-// The second shift convolution of local features, backwards. grad: the gradient of its output, (c); hidden: its input,
-// (wide). Gives of_far, the gradient of its shifted input (wide), and of each part [wide][c] and [c], of weights and
-// bias.
-static void features_back1(const float *grad, const float *hidden, float *of_far, Map size, long wide,
-                           const float *weights, float *of_weights, float *of_bias, float *scratch, long each,
-                           long threads) {
+// out = weights x for some rows.
+INLINE void product_of_rows(const float *x, const Map &size, long rows, const float *weights, long n, float *out) {
+    for (long y = 0; y < rows; y++)
+        for (long u = 0; u < size.vectors(); u += V)
+            product<WRITE>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, nullptr,
+                           size.c, n, out + y * n * size.pitch + u * LANES, size.pitch);
+}
+
+// A convolution, backwards: the gradients of its weights [n][filled(c)] and bias [n] in each slot.
+struct OfConvolution {
+    float *weights, *bias;
+};
+
+// Local features backwards. The second convolution first: grad, the gradient of its output, gives of_far, that of its
+// shifted input.
+static void features_back1(const float *grad, const float *hidden, float *of_far, const Map &size, long wide,
+                           const float *weights, OfConvolution sums, const Piece &piece, float *scratch) {
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
-    in_parts(size, step, threads, [&](long first, long rows, long part) {
-        float *far = scratch + omp_get_thread_num() * each, *columns = far + step * wide_size.row();
+    float *far = scratch, *columns = far + step * wide_size.row();
+    for (long first = piece.begin; first < piece.end; first += step) {
+        const long rows = smaller(step, piece.end - first);
         pack_rows<false>(hidden, wide_size, first, rows, far);
         const Lines of_out = lines_of(grad, size, first);
         transpose(of_out, rows, size.w, columns);
         outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w,
-                      of_weights + part * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), of_bias + part * size.c);
-        for (long y = first; y < first + rows; y++)
-            for (long u = 0; u < size.vectors(); u += V)
-                product<WRITE>(smaller(V, size.vectors() - u), grad + y * size.row() + u * LANES, size.pitch, weights,
-                               nullptr, size.c, wide, of_far + y * wide_size.row() + u * LANES, size.pitch);
-    });
+                      sums.weights + piece.slot * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * size.c);
+        product_of_rows(grad + first * size.row(), size, rows, weights, wide, of_far + first * wide_size.row());
+    }
 }
 
-// The first one backwards, through the ReLU: gives of_near, the gradient of its shifted input (c), and of weights
-// [wide][c].
-static void features_back0(const float *x, const float *hidden, const float *of_far, float *of_near, Map size,
-                           long wide, const float *weights, float *of_weights, float *of_bias, float *scratch,
-                           long each, long threads) {
+// The first one, through the ReLU: gives of_near, the gradient of its shifted input.
+static void features_back0(const float *x, const float *hidden, const float *of_far, float *of_near, const Map &size,
+                           long wide, const float *weights, OfConvolution sums, const Piece &piece, float *scratch) {
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
-    in_parts(size, step, threads, [&](long first, long rows, long part) {
-        float *of_hidden = scratch + omp_get_thread_num() * each, *near = of_hidden + step * wide_size.row();
-        float *columns = near + step * size.row();
+    float *of_hidden = scratch, *near = of_hidden + step * wide_size.row(), *columns = near + step * size.row();
+    for (long first = piece.begin; first < piece.end; first += step) {
+        const long rows = smaller(step, piece.end - first);
         pack_rows<true>(of_far, wide_size, first, rows, of_hidden);
         const float *passed = hidden + first * wide_size.row();
         for (long i = 0; i < rows * wide_size.row(); i += LANES)
@@ -190,45 +200,57 @@ static void features_back0(const float *x, const float *hidden, const float *of_
         pack_rows<false>(x, size, first, rows, near);
         transpose(lines_of(near, size, 0), rows, size.w, columns);
         const Lines of_out = lines_of(of_hidden, wide_size, 0);
-        outer_product(of_out, columns, size.c, rows, size.w, of_weights + part * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), of_bias + part * wide);
-        for (long y = 0; y < rows; y++)
-            for (long u = 0; u < size.vectors(); u += V)
-                product<WRITE>(smaller(V, size.vectors() - u), of_hidden + y * wide_size.row() + u * LANES, size.pitch,
-                               weights, nullptr, wide, size.c, of_near + (first + y) * size.row() + u * LANES,
-                               size.pitch);
-    });
+        outer_product(of_out, columns, size.c, rows, size.w, sums.weights + piece.slot * wide * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * wide);
+        product_of_rows(of_hidden, wide_size, rows, weights, size.c, of_near + first * size.row());
+    }
 }
 
 // out = grad + the shifted map's gradient, shifted back.
-static void add_shifted_back(const float *grad, const float *of_near, float *out, Map size, long threads) {
-    in_parts(size, 1, threads, [&](long y, long, long) {
+static void add_shifted_back(const float *grad, const float *of_near, float *out, const Map &size,
+                             const Piece &piece) {
+    for (long y = piece.begin; y < piece.end; y++) {
         float *to = out + y * size.row();
         pack_rows<true>(of_near, size, y, 1, to);
         for (long i = 0; i < size.row(); i += LANES) store(to + i, load(to + i) + load(grad + y * size.row() + i));
-    });
+    }
 }
 
-// z = weights x + bias, and sums over its pixels of its squares, of each part [n].
-static void project_squares(const float *x, float *z, Map size, long n, const float *weights, const float *bias,
-                            float *sums, long threads) {
+// `features_forward` backwards. of_far (wide), of_near: memory; the second convolution's weights and sums come second.
+static void features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,
+                          float *out, const Map &size, long wide, const float *weights0, const float *weights1,
+                          OfConvolution sums0, OfConvolution sums1, Scratch scratch, const Split &split) {
+    in_bands(size, split, 3, [](long stage) { return stage ? Needs{BESIDE, BESIDE} : Needs{NONE, NONE}; },
+             [&](const Piece &piece, long thread) {
+                 float *mine = scratch.of(thread);
+                 switch (piece.stage) {
+                 case 0: return features_back1(grad, hidden, of_far, size, wide, weights1, sums1, piece, mine);
+                 case 1: return features_back0(x, hidden, of_far, of_near, size, wide, weights0, sums0, piece, mine);
+                 default: return add_shifted_back(grad, of_near, out, size, piece);
+                 }
+             });
+}
+
+// z = weights x + bias, and sums over its pixels of its squares, [n] in each slot.
+static void project_squares(const float *x, float *z, const Map &size, long n, const float *weights, const float *bias,
+                            float *sums, const Split &split) {
     const Map z_size = size.with(n);
-    in_parts(size, 1, threads, [&](long y, long, long part) {
-        float *mine = sums + part * n, *row = z + y * z_size.row();
-        for (long u = 0; u < size.vectors(); u += V)
-            product<WRITE>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, bias,
-                           size.c, n, row + u * LANES, size.pitch);
-        for (long i = 0; i < n; i++, row += size.pitch) {
-            vec sum = {};
-            for (long u = 0; u < size.vectors(); u++) sum += load(row + u * LANES) * load(row + u * LANES);
-            mine[i] += total(sum);
-        }
+    in_bands(size, split, [&](const Piece &piece, long) {
+        convolve(x, z, nullptr, false, size, n, weights, bias, piece, nullptr);
+        for (long y = piece.begin; y < piece.end; y++)
+            for (long i = 0; i < n; i++) {
+                const float *line = z + y * z_size.row() + i * size.pitch;
+                vec sum = {};
+                for (long u = 0; u < size.vectors(); u++) sum += load(line + u * LANES) * load(line + u * LANES);
+                sums[piece.slot * n + i] += total(sum);
+            }
     });
 }
 
-// Sums over pixels of grad[i] * z[i] and grad[i], of each part [n]: gradients of what BatchNorm scales z by and adds.
-static void line_products(const float *grad, const float *z, Map size, float *sums, float *grad_sums, long threads) {
-    in_parts(size, 1, threads, [&](long y, long, long part) {
+// Sums over pixels of grad[i] * z[i] and grad[i], [c] in each slot: gradients of what BatchNorm scales z by and adds.
+static void line_products(const float *grad, const float *z, const Map &size, float *sums, float *grad_sums,
+                          const Piece &piece) {
+    for (long y = piece.begin; y < piece.end; y++)
         for (long i = 0; i < size.c; i++) {
             const float *a = grad + y * size.row() + i * size.pitch, *b = z + y * size.row() + i * size.pitch;
             vec sum = {}, grad_sum = {};
@@ -236,57 +258,59 @@ static void line_products(const float *grad, const float *z, Map size, float *su
                 sum += load(a + u) * load(b + u);
                 grad_sum += load(a + u);
             }
-            sums[part * size.c + i] += total(sum);
-            grad_sums[part * size.c + i] += total(grad_sum);
+            sums[piece.slot * size.c + i] += total(sum);
+            grad_sums[piece.slot * size.c + i] += total(grad_sum);
         }
-    });
 }
 
-// Sums over pixels of grad[i] * y[j] and grad[i], of each part [n][filled(c)] and [n]. grad has n lines, y c.
-static void products(const float *grad, const float *y, Map size, long n, float *sums, float *grad_sums, float *scratch,
-                     long each, long threads) {
-    const Map grad_size = size.with(n);
-    const long step = rows_at_a_time(size, n);
-    in_parts(size, step, threads, [&](long first, long rows, long part) {
-        float *columns = scratch + omp_get_thread_num() * each;
+// Sums over pixels of grad[i] * y[j] and grad[i]: the gradients of a convolution from y to what grad is the gradient of.
+static void products(const float *grad, const float *y, const Map &size, OfConvolution sums, const Piece &piece,
+                     float *columns) {
+    const long step = rows_at_a_time(size, size.c);
+    for (long first = piece.begin; first < piece.end; first += step) {
+        const long rows = smaller(step, piece.end - first);
         transpose(lines_of(y, size, first), rows, size.w, columns);
-        const Lines of_out = lines_of(grad, grad_size, first);
-        outer_product(of_out, columns, size.c, rows, size.w, sums + part * n * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), grad_sums + part * n);
-    });
+        const Lines of_out = lines_of(grad, size, first);
+        outer_product(of_out, columns, size.c, rows, size.w, sums.weights + piece.slot * size.c * filled(size.c));
+        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * size.c);
+    }
 }
 
 // BatchNorm and the convolution before it backwards. grad: the gradient of the normalised map; z: what was normalised,
 // less its mean; both n lines, and scale * grad + through * z + bias is the gradient of z. Gives out, the gradient of x
-// added to `residual`, and of each part [n][filled(c)], of weights.
+// added to `residual`, and of weights, [n][filled(c)] in each slot.
 static void norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
-                      const float *x, const float *mean, const float *residual, float *out, Map size, long n,
-                      const float *weights, float *of_weights, float *scratch, long each, long threads) {
+                      const float *x, const float *mean, const float *residual, float *out, const Map &size, long n,
+                      const float *weights, float *of_weights, Scratch scratch, const Split &split) {
     const Map z_size = size.with(n);
     const long step = rows_at_a_time(size, n);
-    in_parts(size, step, threads, [&](long first, long rows, long part) {
-        float *of_z = scratch + omp_get_thread_num() * each, *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
-        for (long y = 0; y < rows; y++)
-            for (long i = 0; i < n; i++)
-                for (long u = 0; u < size.vectors(); u++) {
-                    const long at = y * z_size.row() + i * size.pitch + u * LANES, from = first * z_size.row() + at;
-                    store(of_z + at, load(grad + from) * scale[i] + (load(z + from) * through[i] + bias[i]));
+    in_bands(size, split, [&](const Piece &piece, long thread) {
+        float *of_z = scratch.of(thread), *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
+        for (long first = piece.begin; first < piece.end; first += step) {
+            const long rows = smaller(step, piece.end - first);
+            for (long y = 0; y < rows; y++)
+                for (long i = 0; i < n; i++)
+                    for (long u = 0; u < size.vectors(); u++) {
+                        const long at = y * z_size.row() + i * size.pitch + u * LANES, from = first * z_size.row() + at;
+                        store(of_z + at, load(grad + from) * scale[i] + (load(z + from) * through[i] + bias[i]));
+                    }
+            for (long y = 0; y < rows; y++)  // x has a mean for which sums of products would lose digits
+                for (long k = 0; k < size.c; k++)
+                    for (long u = 0; u < size.vectors(); u++) {
+                        const long at = y * size.row() + k * size.pitch + u * LANES;
+                        store(centred + at, load(x + first * size.row() + at) - mean[k]);
+                    }
+            transpose(lines_of(centred, size, 0), rows, size.w, columns);
+            outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w,
+                          of_weights + piece.slot * n * filled(size.c));
+            for (long y = 0; y < rows; y++)
+                for (long u = 0; u < size.vectors(); u += V) {
+                    const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;
+                    copy_lines(residual + at, size.pitch, out + at, size.pitch, size.c, vectors);
+                    product<ADD>(vectors, of_z + y * z_size.row() + u * LANES, size.pitch, weights, nullptr, n, size.c,
+                                 out + at, size.pitch);
                 }
-        for (long y = 0; y < rows; y++)  // x has a mean for which sums of products would lose digits
-            for (long k = 0; k < size.c; k++)
-                for (long u = 0; u < size.vectors(); u++) {
-                    const long at = y * size.row() + k * size.pitch + u * LANES;
-                    store(centred + at, load(x + first * size.row() + at) - mean[k]);
-                }
-        transpose(lines_of(centred, size, 0), rows, size.w, columns);
-        outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights + part * n * filled(size.c));
-        for (long y = 0; y < rows; y++)
-            for (long u = 0; u < size.vectors(); u += V) {
-                const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;
-                copy_lines(residual + at, size.pitch, out + at, size.pitch, size.c, vectors);
-                product<ADD>(vectors, of_z + y * z_size.row() + u * LANES, size.pitch, weights, nullptr, n, size.c,
-                             out + at, size.pitch);
-            }
+        }
     });
 }
 
@@ -304,29 +328,57 @@ INLINE void cut_normalised(Normalised of, const Windows &windows, long task, lon
         for (long i = 0; i < room; i += LANES) store(tokens + i, load(tokens + i) * of.scale[k] + of.offset[k]);
 }
 
-// Attend in one group of windows: as `attend`, with queries and values projected already. out: d lines; sums:
-// [task][room].
-static void attend_normalised(Normalised queries, Normalised values, float *out, float *sums, Windows windows, long d,
-                              float *scratch, long each, long threads) {
-    const long room = windows.room(), n = windows.tokens();
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long task = 0; task < windows.tasks(); task++) {
-        float *q = scratch + omp_get_thread_num() * each, *v = q + d * room, *result = v + d * room;
-        cut_normalised(queries, windows, task, d, q);
-        cut_normalised(values, windows, task, d, v);
-        for (long j = 0; j < windows.number(task) * n; j += n)
-            (n % (2 * LANES) ? attention<1> : attention<2>)(q + j, v + j, room, n, d, result + d * room, result + j,
-                                                            sums + task * room + j);
-        paste(result, windows, task, d, out);
-    }
+// The groups of channels and their windows. For each: sums, the logarithms of softmax's sums [task][room].
+struct Groups {
+    const Map size;
+    long number;
+    const int64_t *edges;
+    bool shifted;
+    float *const *sums;
+    Windows windows(long g) const { return {size, edges[g], shifted ? edges[g] / 2 : 0}; }
+    Needs needs_of_attended() const { return {shifted ? ROUND : NONE, NONE}; }
+};
+
+// d lines of the queries or values of group g. A map has queries and values of each group, or values alone.
+INLINE Normalised lines_of_group(const Normalised &of, const Groups &groups, long g, bool values) {
+    const long d = groups.size.c / groups.number, width = of.n / groups.number;
+    const long first = g * width + (values ? width - d : 0);
+    return {of.map + first * groups.size.pitch, of.n, of.scale + first, of.offset + first};
 }
 
-// What the modules of a block that share their attention leave for the first one, which comes last: gradients of
-// results and values, [task][module * d][room], and sums over channels of gradient * result, [task][room].
-struct Shared {
-    float *grads, *values, *dots;
-    long modules;
-};
+// Attend in the windows of a task of a group: as `attend`, with queries and values projected already. out: d lines.
+static void attend_normalised(const Normalised &queries, const Normalised &values, float *out, float *sums,
+                              const Windows &windows, long task, long d, float *scratch) {
+    const long room = windows.room(), n = windows.tokens();
+    float *q = scratch, *v = q + d * room, *result = v + d * room;
+    cut_normalised(queries, windows, task, d, q);
+    cut_normalised(values, windows, task, d, v);
+    for (long j = 0; j < windows.number(task) * n; j += n)
+        (n % (2 * LANES) ? attention<1> : attention<2>)(q + j, v + j, room, n, d, result + d * room, result + j,
+                                                        sums + task * room + j);
+    paste(result, windows, task, d, out);
+}
+
+// out = x + weights attended + bias, where `attended` is what attention of all groups gives.
+static void attention_forward(const Normalised &queries, const Normalised &values, float *attended, const float *x,
+                              float *out, const Groups &groups, const float *weights, const float *bias,
+                              Scratch scratch, const Split &split) {
+    const Map &size = groups.size;
+    const long d = size.c / groups.number;
+    in_bands(size, split, 2, [&](long stage) { return stage ? groups.needs_of_attended() : Needs{NONE, NONE}; },
+             [&](const Piece &piece, long thread) {
+                 if (piece.stage)
+                     return convolve(attended, out, x, false, size, size.c, weights, bias, piece, nullptr);
+                 for (long g = 0; g < groups.number; g++) {
+                     const Windows windows = groups.windows(g);
+                     for (long task = windows.from(piece, split.pieces, 0); task < windows.from(piece, split.pieces, 1);
+                          task++)
+                         attend_normalised(lines_of_group(queries, groups, g, false),
+                                           lines_of_group(values, groups, g, true), attended + g * d * size.pitch,
+                                           groups.sums[g], windows, task, d, scratch.of(thread));
+                 }
+             });
+}
 
 // One window of n tokens backwards. Column j of the attention map is exp(q_i q_j - sums_i) for all i; lanes are j.
 // Queries are keys as well, so that the logits are symmetric: what row j gives to the gradient of query j needs no
@@ -367,33 +419,63 @@ inline void attention_back(const float *q, const float *grad, const float *sums,
 // `attend_normalised` backwards. grad: the gradient of the projection out of attention (c); out_weights: that
 // projection's for this group, as [d][c]; result: the module's attention (d lines); of_queries, of_values: d lines, the
 // former null for a module that shares.
-static void attend_back(Normalised queries, Normalised values, const float *grad, const float *result,
-                        const float *sums, float *of_queries, float *of_values, Shared shared, long module,
-                        Windows windows, long d, const float *out_weights, float *scratch, long each, long threads) {
+static void attend_back(const Normalised &queries, const Normalised &values, const float *grad, const float *result,
+                        const float *sums, float *of_queries, float *of_values, const Shared &shared, long module,
+                        const Windows &windows, long task, long d, const float *out_weights, float *scratch) {
     const long c = windows.size.c, room = windows.room(), n = windows.tokens(), all = shared.modules * d;
     const Windows target = {windows.size.with(values.n), windows.edge, windows.shift};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long task = 0; task < windows.tasks(); task++) {
-        float *tokens = scratch + omp_get_thread_num() * each, *q = tokens + c * room;
-        float *of_q = of_queries ? q + d * room : nullptr, *of_v = q + 2 * d * room, *maps = q + 3 * d * room;
-        float *grads = shared.grads + task * all * room, *all_values = shared.values + task * all * room;
-        float *mine = grads + module * d * room, *dots = shared.dots + task * room;
-        cut_normalised(queries, windows, task, d, q);
-        cut_normalised(values, windows, task, d, all_values + module * d * room);
-        cut(grad, windows, task, c, tokens);
-        project(tokens, windows, task, out_weights, nullptr, c, d, mine);
-        cut(result, windows, task, d, tokens);
-        if (module == shared.modules - 1) memset(dots, 0, room * 4);
-        for (long k = 0; k < d; k++)
-            for (long i = 0; i < room; i += LANES)
-                store(dots + i, load(dots + i) + load(mine + k * room + i) * load(tokens + k * room + i));
-        for (long j = 0; j < windows.number(task) * n; j += n)
-            (n % (2 * LANES) ? attention_back<1> : attention_back<2>)(q + j, mine + j, sums + task * room + j, grads + j,
-                                                                      all_values + j, dots + j, room, n, d, all, maps,
-                                                                      of_q ? of_q + j : nullptr, of_v + j);
-        if (of_q) paste(of_q, target, task, d, of_queries);
-        paste(of_v, target, task, d, of_values);
-    }
+    float *tokens = scratch, *q = tokens + c * room;
+    float *of_q = of_queries ? q + d * room : nullptr, *of_v = q + 2 * d * room, *maps = q + 3 * d * room;
+    float *grads = shared.grads + task * all * room, *all_values = shared.values + task * all * room;
+    float *mine = grads + module * d * room, *dots = shared.dots + task * room;
+    cut_normalised(queries, windows, task, d, q);
+    cut_normalised(values, windows, task, d, all_values + module * d * room);
+    cut(grad, windows, task, c, tokens);
+    project(tokens, windows, task, out_weights, nullptr, c, d, mine);
+    cut(result, windows, task, d, tokens);
+    if (module == shared.modules - 1) memset(dots, 0, room * 4);
+    for (long k = 0; k < d; k++)
+        for (long i = 0; i < room; i += LANES)
+            store(dots + i, load(dots + i) + load(mine + k * room + i) * load(tokens + k * room + i));
+    for (long j = 0; j < windows.number(task) * n; j += n)
+        (n % (2 * LANES) ? attention_back<1> : attention_back<2>)(q + j, mine + j, sums + task * room + j, grads + j,
+                                                                  all_values + j, dots + j, room, n, d, all, maps,
+                                                                  of_q ? of_q + j : nullptr, of_v + j);
+    if (of_q) paste(of_q, target, task, d, of_queries);
+    paste(of_v, target, task, d, of_values);
+}
+
+// What `attention_backward` sums up, in each slot: gradients of the projection out, and of BatchNorm's scale and offset.
+struct OfAttention {
+    OfConvolution out;
+    float *scale, *offset;
+};
+
+// `attention_forward` backwards, as far as `of_normalised`, the gradient of the normalised map. shared, out_weights: of
+// each group.
+static void attention_backward(const Normalised &queries, const Normalised &values, const float *grad,
+                               const float *attended, float *of_normalised, const Groups &groups, const Shared *shared,
+                               long module, const float *const *out_weights, const OfAttention &sums, Scratch scratch,
+                               const Split &split) {
+    const Map &size = groups.size;
+    const long d = size.c / groups.number, width = values.n / groups.number;
+    in_bands(size, split, 2, [&](long stage) { return stage ? groups.needs_of_attended() : Needs{NONE, NONE}; },
+             [&](const Piece &piece, long thread) {
+                 if (piece.stage)
+                     return line_products(of_normalised, values.map, size.with(values.n), sums.scale, sums.offset,
+                                          piece);
+                 products(grad, attended, size, sums.out, piece, scratch.of(thread));
+                 for (long g = 0; g < groups.number; g++) {
+                     const Windows windows = groups.windows(g);
+                     float *both = of_normalised + g * width * size.pitch;
+                     for (long task = windows.from(piece, split.pieces, 0); task < windows.from(piece, split.pieces, 1);
+                          task++)
+                         attend_back(lines_of_group(queries, groups, g, false), lines_of_group(values, groups, g, true),
+                                     grad, attended + g * d * size.pitch, groups.sums[g], module ? nullptr : both,
+                                     both + (width - d) * size.pitch, shared[g], module, windows, task, d,
+                                     out_weights[g], scratch.of(thread));
+                 }
+             });
 }
 
 }  // namespace NAMESPACE

@@ -22,6 +22,13 @@ struct Module {
     int64_t shares, shifted;
 };
 
+// What the modules of a block that share their attention leave for the first one, which comes last: gradients of
+// results and values, [task][module * d][room], and sums over channels of gradient * result, [task][room].
+struct Shared {
+    float *grads, *values, *dots;
+    int64_t modules;
+};
+
 #ifdef __x86_64__
 
 #define NAMESPACE avx512
@@ -29,9 +36,10 @@ struct Module {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #include "tiles.h"
+#include "bands.h"
 #include "attention.h"
 #include "features.h"
-#include "bands.h"
+#include "body.h"
 #include "gradients.h"
 #pragma GCC pop_options
 #undef NAMESPACE
@@ -42,9 +50,10 @@ struct Module {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include "tiles.h"
+#include "bands.h"
 #include "attention.h"
 #include "features.h"
-#include "bands.h"
+#include "body.h"
 #include "gradients.h"
 #pragma GCC pop_options
 
@@ -71,9 +80,10 @@ int width() {
 #define NAMESPACE neon
 #define LANES 4
 #include "tiles.h"
+#include "bands.h"
 #include "attention.h"
 #include "features.h"
-#include "bands.h"
+#include "body.h"
 #include "gradients.h"
 
 #define CHOOSE(name, ...) neon::name(__VA_ARGS__)
@@ -95,76 +105,62 @@ const char *elan_sources() { return SOURCES; }
 
 void elan_body(float *x, float *other, long h, long w, long pitch, long c, long hidden, long groups,
                const int64_t *edges, float *const *queries, const Module *modules, const float *const *projections,
-               long count, long rows, float *scratch, long each, long threads) {
-    CHOOSE(run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other, rows,
-           scratch, each, threads);
+               long count, float *scratch, long each, long rows, long pieces, long threads) {
+    CHOOSE(run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other,
+           {rows, pieces, threads}, scratch, each);
 }
 
-void elan_convolve(const float *x, float *out, const float *residual, long shifts, long relu, long b, long h, long w,
-                   long c, long n, const float *weights, const float *bias, float *scratch, long each, long threads) {
-    CHOOSE(convolve, x, out, residual, shifts, relu, {b, h, w, w, c}, n, weights, bias, scratch, each, threads);
+void elan_features_forward(const float *x, float *hidden, float *out, long b, long h, long w, long c, long wide,
+                           const float *weights0, const float *bias0, const float *weights1, const float *bias1,
+                           float *scratch, long each, long rows, long pieces, long threads) {
+    CHOOSE(features_forward, x, hidden, out, {b, h, w, w, c}, wide, weights0, bias0, weights1, bias1, {scratch, each},
+           {rows, pieces, threads});
 }
 
-void elan_features_back1(const float *grad, const float *hidden, float *of_far, long b, long h, long w, long c,
-                         long wide, const float *weights, float *of_weights, float *of_bias, float *scratch, long each,
-                         long threads) {
-    CHOOSE(features_back1, grad, hidden, of_far, {b, h, w, w, c}, wide, weights, of_weights, of_bias, scratch, each,
-           threads);
-}
-
-void elan_features_back0(const float *x, const float *hidden, const float *of_far, float *of_near, long b, long h,
-                         long w, long c, long wide, const float *weights, float *of_weights, float *of_bias,
-                         float *scratch, long each, long threads) {
-    CHOOSE(features_back0, x, hidden, of_far, of_near, {b, h, w, w, c}, wide, weights, of_weights, of_bias, scratch,
-           each, threads);
-}
-
-void elan_add_shifted_back(const float *grad, const float *of_near, float *out, long b, long h, long w, long c,
-                           long threads) {
-    CHOOSE(add_shifted_back, grad, of_near, out, {b, h, w, w, c}, threads);
+void elan_features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,
+                        float *out, long b, long h, long w, long c, long wide, const float *weights0,
+                        const float *weights1, float *of_weights0, float *of_bias0, float *of_weights1, float *of_bias1,
+                        float *scratch, long each, long rows, long pieces, long threads) {
+    CHOOSE(features_back, x, hidden, grad, of_far, of_near, out, {b, h, w, w, c}, wide, weights0, weights1,
+           {of_weights0, of_bias0}, {of_weights1, of_bias1}, {scratch, each}, {rows, pieces, threads});
 }
 
 void elan_project_squares(const float *x, float *z, long b, long h, long w, long c, long n, const float *weights,
-                          const float *bias, float *sums, long threads) {
-    CHOOSE(project_squares, x, z, {b, h, w, w, c}, n, weights, bias, sums, threads);
-}
-
-void elan_line_products(const float *grad, const float *z, long b, long h, long w, long c, float *sums,
-                        float *grad_sums, long threads) {
-    CHOOSE(line_products, grad, z, {b, h, w, w, c}, sums, grad_sums, threads);
-}
-
-void elan_products(const float *grad, const float *y, long b, long h, long w, long c, long n, float *sums,
-                   float *grad_sums, float *scratch, long each, long threads) {
-    CHOOSE(products, grad, y, {b, h, w, w, c}, n, sums, grad_sums, scratch, each, threads);
+                          const float *bias, float *sums, long rows, long pieces, long threads) {
+    CHOOSE(project_squares, x, z, {b, h, w, w, c}, n, weights, bias, sums, {rows, pieces, threads});
 }
 
 void elan_norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
                     const float *x, const float *mean, const float *residual, float *out, long b, long h, long w,
-                    long c, long n, const float *weights, float *of_weights, float *scratch, long each, long threads) {
+                    long c, long n, const float *weights, float *of_weights, float *scratch, long each, long rows,
+                    long pieces, long threads) {
     CHOOSE(norm_back, grad, z, scale, through, bias, x, mean, residual, out, {b, h, w, w, c}, n, weights, of_weights,
-           scratch, each, threads);
+           {scratch, each}, {rows, pieces, threads});
 }
 
-void elan_attend_normalised(const float *queries, long queries_n, const float *queries_scale,
+void elan_attention_forward(const float *queries, long queries_n, const float *queries_scale,
                             const float *queries_offset, const float *values, long values_n, const float *values_scale,
-                            const float *values_offset, float *out, float *sums, long b, long h, long w, long c,
-                            long edge, long shift, long d, float *scratch, long each, long threads) {
-    CHOOSE(attend_normalised, {queries, queries_n, queries_scale, queries_offset},
-           {values, values_n, values_scale, values_offset}, out, sums, {{b, h, w, w, c}, edge, shift}, d, scratch, each,
-           threads);
+                            const float *values_offset, long b, long h, long w, long c, long groups,
+                            const int64_t *edges, long shifted, float *const *sums, float *attended, const float *x,
+                            float *out, const float *weights, const float *bias, float *scratch, long each, long rows,
+                            long pieces, long threads) {
+    CHOOSE(attention_forward, {queries, queries_n, queries_scale, queries_offset},
+           {values, values_n, values_scale, values_offset}, attended, x, out,
+           {{b, h, w, w, c}, groups, edges, shifted != 0, sums}, weights, bias, {scratch, each},
+           {rows, pieces, threads});
 }
 
-void elan_attend_back(const float *queries, long queries_n, const float *queries_scale, const float *queries_offset,
-                      const float *values, long values_n, const float *values_scale, const float *values_offset,
-                      const float *grad, const float *result, const float *sums, float *of_queries, float *of_values,
-                      float *grads, float *all_values, float *dots, long modules, long module, long b, long h, long w,
-                      long c, long edge, long shift, long d, const float *out_weights, float *scratch, long each,
-                      long threads) {
-    CHOOSE(attend_back, {queries, queries_n, queries_scale, queries_offset},
-           {values, values_n, values_scale, values_offset}, grad, result, sums, of_queries, of_values,
-           {grads, all_values, dots, modules}, module, {{b, h, w, w, c}, edge, shift}, d, out_weights, scratch, each,
-           threads);
+void elan_attention_back(const float *queries, long queries_n, const float *queries_scale, const float *queries_offset,
+                         const float *values, long values_n, const float *values_scale, const float *values_offset,
+                         long b, long h, long w, long c, long groups, const int64_t *edges, long shifted,
+                         float *const *sums, const float *grad, const float *attended, float *of_normalised,
+                         const Shared *shared, long module, const float *const *out_weights, float *of_out_weights,
+                         float *of_out_bias, float *of_scale, float *of_offset, float *scratch, long each, long rows,
+                         long pieces, long threads) {
+    CHOOSE(attention_backward, {queries, queries_n, queries_scale, queries_offset},
+           {values, values_n, values_scale, values_offset}, grad, attended, of_normalised,
+           {{b, h, w, w, c}, groups, edges, shifted != 0, sums}, shared, module, out_weights,
+           {{of_out_weights, of_out_bias}, of_scale, of_offset}, {scratch, each}, {rows, pieces, threads});
 }
 
 }  // extern "C"
