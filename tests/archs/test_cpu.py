@@ -325,7 +325,8 @@ def test_gradients_through_batchnorm_keep_their_digits_on_maps_with_large_means(
     x, grad = torch.randn(2, 30, 16, 16) + mean * torch.randn(30, 1, 1), torch.randn(2, 60, 16, 16)
     conv, norm = torch.nn.Conv2d(30, 60, 1).requires_grad_(False), torch.nn.BatchNorm2d(60).requires_grad_(False)
     lines, grad_lines = x.transpose(1, 2).contiguous(), grad.transpose(1, 2).contiguous()
-    z, centre, rstd = training._project(lines, conv.weight.flatten(1), conv.bias, copy.deepcopy(norm))
+    centre = lines.mean((0, 1, 3))
+    z, rstd = training._project(lines, centre, conv.weight.flatten(1), conv.bias, copy.deepcopy(norm))
     of_scale, of_offset = (grad_lines * z).sum((0, 1, 3)) * rstd, grad_lines.sum((0, 1, 3))
     ours = training._norm_back(grad_lines, z, norm.weight * rstd, of_scale, of_offset, torch.zeros_like(lines), lines,
                                centre, rstd, conv.weight)

@@ -31,8 +31,8 @@ def run_block(block: Any, x: Tensor) -> Tensor:
     first = block.gmsa[0]
     shared = _Shared(first.window_sizes, first.shifted, len(block.gmsa))
     for i, (lfe, gmsa) in enumerate(zip(block.lfe, block.gmsa, strict=True)):
-        y = _Features.apply(y, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
-        y = _Attention.apply(y, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
+        y, mean = _Features.apply(y, lfe.conv0.weight, lfe.conv0.bias, lfe.conv1.weight, lfe.conv1.bias)
+        y = _Attention.apply(y, mean, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
                              gmsa.project_out.weight, gmsa.project_out.bias, gmsa.norm, shared, i)
     shared.queries = ()
     return _Block.apply(y.transpose(1, 2), block, x, *block.parameters())
@@ -88,36 +88,45 @@ def _size(x: Tensor) -> tuple[int, int, int, int]:
 
 
 class _Sums:
-    """Zeros for each slot of a kernel on map x to add to, and totals. Rows of matrices are filled up to vectors."""
+    """Memory for what each slot of a kernel on map x sums up, and totals. Rows of matrices are filled up to vectors.
+
+    PyTorch would make zeros and add them with all threads, and wait for one that lost its core: more than they save.
+    """
 
     def __init__(self, x: Tensor, *shapes: tuple[int, ...], window_sizes: Sequence[int] = (1,)):
         rows, pieces, _ = _split(x, window_sizes)
         self.shapes, slots = shapes, len(x) * -(-x.shape[1] // rows) * pieces
         lanes = vector_lanes()
-        self.parts = [x.new_zeros(slots, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1 else shape[0])
+        self.parts = [x.new_empty(slots, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1 else shape[0])
                       for shape in shapes]
 
     def totals(self) -> list[Tensor]:
-        return [part.sum(0)[..., :shape[-1]] for part, shape in zip(self.parts, self.shapes, strict=True)]
+        totals = [part.new_empty(part.shape[1:]) for part in self.parts]
+        for part, total in zip(self.parts, totals, strict=True):
+            call('elan_add_slots', part, total, len(part), total.numel())
+        return [total[..., :shape[-1]] for total, shape in zip(totals, self.shapes, strict=True)]
 
 
 class _Features(torch.autograd.Function):
-    """Local feature extraction, added to its input. (B, H, C, W) -> the same."""
+    """Local feature extraction, added to its input. (B, H, C, W) -> the same, and its mean (C)."""
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: Any, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight0: Tensor, bias0: Tensor, weight1: Tensor,
+                bias1: Tensor) -> tuple[Tensor, Tensor]:
         (b, h, _, w), wide = x.shape, len(bias0)
-        hidden, out = x.new_empty(b, h, wide, w), torch.empty_like(x)
+        hidden, out, sums = x.new_empty(b, h, wide, w), torch.empty_like(x), _Sums(x, bias1.shape)
         call('elan_features_forward', x, hidden, out, *_size(x), wide, *packed(weight0.flatten(1), bias0),
-             *packed(weight1.flatten(1), bias1), *_room(x, wide * PIXELS))
+             *packed(weight1.flatten(1), bias1), *sums.parts, *_room(x, wide * PIXELS))
+        mean = sums.totals()[0] / (b * h * w)
+        ctx.mark_non_differentiable(mean)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, hidden, weight0, weight1)
-        return out
+        return out, mean
 
     @staticmethod
     @_backward_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, ...]:
         if grad is None:  # `_Block` did the work
             return (None,) * 5
         x, hidden, weight0, weight1 = ctx.saved_tensors
@@ -180,9 +189,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
+    def forward(ctx: Any, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, offset: Tensor,
                 out_weight: Tensor, out_bias: Tensor, norm: nn.BatchNorm2d, shared: _Shared, module: int) -> Tensor:
-        z, mean, rstd = _project(x, weight.flatten(1), bias, norm)
+        z, rstd = _project(x, mean, weight.flatten(1), bias, norm)
         values = z, scale * rstd, offset.clone()
         if module == 0:
             shared.queries = values
@@ -199,7 +208,7 @@ class _Attention(torch.autograd.Function):
     @_backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         x, attended, mean, rstd, weight, out_weight, *rest = ctx.saved_tensors
         values, queries, logarithms = rest[:3], rest[3:6], rest[6:]
         shared, module = ctx.shared, ctx.module
@@ -218,7 +227,7 @@ class _Attention(torch.autograd.Function):
         of_scale = of_scale * rstd
         of_x, of_weight = _norm_back(of_normalised, values[0], values[1], of_scale, of_offset, grad, x, mean, rstd,
                                      weight)
-        return (of_x, of_weight, torch.zeros_like(rstd), of_scale, of_offset,
+        return (of_x, None, of_weight, torch.zeros_like(rstd), of_scale, of_offset,
                 of_out_weight.reshape(out_weight.shape), of_out_bias, None, None, None)
 
 
@@ -228,12 +237,12 @@ def _normalised(values: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
     return z, z.shape[2], scale, offset
 
 
-def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
-    """What BatchNorm normalises less its mean, the mean of x, and 1 / standard deviation; updates the statistics.
+def _project(x: Tensor, mean: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What BatchNorm normalises less its mean, and 1 / standard deviation; updates the statistics. mean: that of x.
 
-    W (x - mean of x), as W x less W times the mean: the convolution's bias makes no difference.
+    W (x - mean), as W x less W times the mean: the convolution's bias makes no difference.
     """
-    mean, count = x.mean((0, 1, 3)), x.numel() // x.shape[2]
+    count = x.numel() // x.shape[2]
     centre = matrix @ mean
     z = x.new_empty(*x.shape[:2], len(matrix), x.shape[3])
     sums = _Sums(x, (len(matrix),))
@@ -245,7 +254,7 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> t
     momentum = 1 / float(batches) if norm.momentum is None else norm.momentum
     running_mean.lerp_(centre + bias, momentum)
     running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
-    return z, mean, (var + norm.eps).rsqrt()
+    return z, (var + norm.eps).rsqrt()
 
 
 def _norm_back(grad: Tensor, z: Tensor, g: Tensor, of_scale: Tensor, of_offset: Tensor, residual: Tensor, x: Tensor,

@@ -100,6 +100,22 @@ static void line_sums(Lines a, long rows, long vectors, float *sums) {
     }
 }
 
+// The numbers of a slot, which begin at zero.
+INLINE float *cleared(float *sums, const Piece &piece, long numbers) {
+    return (float *)memset(sums + piece.slot * numbers, 0, numbers * 4);
+}
+
+// totals[i] = the sum over slots of [slot][i].
+static void add_slots(const float *sums, float *totals, long slots, long numbers) {
+    memcpy(totals, sums, numbers * 4);
+    for (long slot = 1; slot < slots; slot++) {
+        sums += numbers;
+        long i = 0;
+        for (; i + LANES <= numbers; i += LANES) store(totals + i, load(totals + i) + load(sums + i));
+        for (; i < numbers; i++) totals[i] += sums[i];
+    }
+}
+
 INLINE Lines lines_of(const float *map, const Map &size, long row) {
     return {map + row * size.row(), size.row(), size.pitch, size.c};
 }
@@ -132,16 +148,17 @@ static void convolve(const float *x, float *out, const float *residual, bool rel
         }
 }
 
-// out = x + the local features of x; hidden: the widened map.
+// out = x + the local features of x; hidden: the widened map; sums: of out over its pixels, [c] in each slot.
 static void features_forward(const float *x, float *hidden, float *out, const Map &size, long wide,
                              const float *weights0, const float *bias0, const float *weights1, const float *bias1,
-                             Scratch scratch, const Split &split) {
+                             float *sums, Scratch scratch, const Split &split) {
     in_bands(size, split, 2, [](long stage) { return stage ? Needs{BESIDE, BESIDE} : Needs{NONE, NONE}; },
              [&](const Piece &piece, long thread) {
-                 if (!piece.stage) convolve(x, hidden, nullptr, true, size, wide, weights0, bias0, piece,
-                                            scratch.of(thread));
-                 else convolve(hidden, out, x, false, size.with(wide), size.c, weights1, bias1, piece,
-                               scratch.of(thread));
+                 float *mine = scratch.of(thread);
+                 if (!piece.stage) return convolve(x, hidden, nullptr, true, size, wide, weights0, bias0, piece, mine);
+                 convolve(hidden, out, x, false, size.with(wide), size.c, weights1, bias1, piece, mine);
+                 line_sums(lines_of(out, size, piece.begin), piece.end - piece.begin, size.vectors(),
+                           cleared(sums, piece, size.c));
              });
 }
 
@@ -173,14 +190,14 @@ static void features_back1(const float *grad, const float *hidden, float *of_far
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
     float *far = scratch, *columns = far + step * wide_size.row();
+    float *of_weights = cleared(sums.weights, piece, wide * filled(size.c)), *of_bias = cleared(sums.bias, piece, size.c);
     for (long first = piece.begin; first < piece.end; first += step) {
         const long rows = smaller(step, piece.end - first);
         pack_rows<false>(hidden, wide_size, first, rows, far);
         const Lines of_out = lines_of(grad, size, first);
         transpose(of_out, rows, size.w, columns);
-        outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w,
-                      sums.weights + piece.slot * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * size.c);
+        outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w, of_weights);
+        line_sums(of_out, rows, size.vectors(), of_bias);
         product_of_rows(grad + first * size.row(), size, rows, weights, wide, of_far + first * wide_size.row());
     }
 }
@@ -191,6 +208,7 @@ static void features_back0(const float *x, const float *hidden, const float *of_
     const Map wide_size = size.with(wide);
     const long step = rows_at_a_time(size, wide);
     float *of_hidden = scratch, *near = of_hidden + step * wide_size.row(), *columns = near + step * size.row();
+    float *of_weights = cleared(sums.weights, piece, wide * filled(size.c)), *of_bias = cleared(sums.bias, piece, wide);
     for (long first = piece.begin; first < piece.end; first += step) {
         const long rows = smaller(step, piece.end - first);
         pack_rows<true>(of_far, wide_size, first, rows, of_hidden);
@@ -200,8 +218,8 @@ static void features_back0(const float *x, const float *hidden, const float *of_
         pack_rows<false>(x, size, first, rows, near);
         transpose(lines_of(near, size, 0), rows, size.w, columns);
         const Lines of_out = lines_of(of_hidden, wide_size, 0);
-        outer_product(of_out, columns, size.c, rows, size.w, sums.weights + piece.slot * wide * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * wide);
+        outer_product(of_out, columns, size.c, rows, size.w, of_weights);
+        line_sums(of_out, rows, size.vectors(), of_bias);
         product_of_rows(of_hidden, wide_size, rows, weights, size.c, of_near + first * size.row());
     }
 }
@@ -236,13 +254,14 @@ static void project_squares(const float *x, float *z, const Map &size, long n, c
                             float *sums, const Split &split) {
     const Map z_size = size.with(n);
     in_bands(size, split, [&](const Piece &piece, long) {
+        float *squares = cleared(sums, piece, n);
         convolve(x, z, nullptr, false, size, n, weights, bias, piece, nullptr);
         for (long y = piece.begin; y < piece.end; y++)
             for (long i = 0; i < n; i++) {
                 const float *line = z + y * z_size.row() + i * size.pitch;
                 vec sum = {};
                 for (long u = 0; u < size.vectors(); u++) sum += load(line + u * LANES) * load(line + u * LANES);
-                sums[piece.slot * n + i] += total(sum);
+                squares[i] += total(sum);
             }
     });
 }
@@ -250,6 +269,7 @@ static void project_squares(const float *x, float *z, const Map &size, long n, c
 // Sums over pixels of grad[i] * z[i] and grad[i], [c] in each slot: gradients of what BatchNorm scales z by and adds.
 static void line_products(const float *grad, const float *z, const Map &size, float *sums, float *grad_sums,
                           const Piece &piece) {
+    sums = cleared(sums, piece, size.c), grad_sums = cleared(grad_sums, piece, size.c);
     for (long y = piece.begin; y < piece.end; y++)
         for (long i = 0; i < size.c; i++) {
             const float *a = grad + y * size.row() + i * size.pitch, *b = z + y * size.row() + i * size.pitch;
@@ -258,8 +278,8 @@ static void line_products(const float *grad, const float *z, const Map &size, fl
                 sum += load(a + u) * load(b + u);
                 grad_sum += load(a + u);
             }
-            sums[piece.slot * size.c + i] += total(sum);
-            grad_sums[piece.slot * size.c + i] += total(grad_sum);
+            sums[i] += total(sum);
+            grad_sums[i] += total(grad_sum);
         }
 }
 
@@ -267,12 +287,14 @@ static void line_products(const float *grad, const float *z, const Map &size, fl
 static void products(const float *grad, const float *y, const Map &size, OfConvolution sums, const Piece &piece,
                      float *columns) {
     const long step = rows_at_a_time(size, size.c);
+    float *of_weights = cleared(sums.weights, piece, size.c * filled(size.c));
+    float *of_bias = cleared(sums.bias, piece, size.c);
     for (long first = piece.begin; first < piece.end; first += step) {
         const long rows = smaller(step, piece.end - first);
         transpose(lines_of(y, size, first), rows, size.w, columns);
         const Lines of_out = lines_of(grad, size, first);
-        outer_product(of_out, columns, size.c, rows, size.w, sums.weights + piece.slot * size.c * filled(size.c));
-        line_sums(of_out, rows, size.vectors(), sums.bias + piece.slot * size.c);
+        outer_product(of_out, columns, size.c, rows, size.w, of_weights);
+        line_sums(of_out, rows, size.vectors(), of_bias);
     }
 }
 
@@ -281,11 +303,12 @@ static void products(const float *grad, const float *y, const Map &size, OfConvo
 // added to `residual`, and of weights, [n][filled(c)] in each slot.
 static void norm_back(const float *grad, const float *z, const float *scale, const float *through, const float *bias,
                       const float *x, const float *mean, const float *residual, float *out, const Map &size, long n,
-                      const float *weights, float *of_weights, Scratch scratch, const Split &split) {
+                      const float *weights, float *sums, Scratch scratch, const Split &split) {
     const Map z_size = size.with(n);
     const long step = rows_at_a_time(size, n);
     in_bands(size, split, [&](const Piece &piece, long thread) {
         float *of_z = scratch.of(thread), *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
+        float *of_weights = cleared(sums, piece, n * filled(size.c));
         for (long first = piece.begin; first < piece.end; first += step) {
             const long rows = smaller(step, piece.end - first);
             for (long y = 0; y < rows; y++)
@@ -301,8 +324,7 @@ static void norm_back(const float *grad, const float *z, const float *scale, con
                         store(centred + at, load(x + first * size.row() + at) - mean[k]);
                     }
             transpose(lines_of(centred, size, 0), rows, size.w, columns);
-            outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w,
-                          of_weights + piece.slot * n * filled(size.c));
+            outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights);
             for (long y = 0; y < rows; y++)
                 for (long u = 0; u < size.vectors(); u += V) {
                     const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;

@@ -112,9 +112,13 @@ void elan_body(float *x, float *other, long h, long w, long pitch, long c, long 
 
 void elan_features_forward(const float *x, float *hidden, float *out, long b, long h, long w, long c, long wide,
                            const float *weights0, const float *bias0, const float *weights1, const float *bias1,
-                           float *scratch, long each, long rows, long pieces, long threads) {
-    CHOOSE(features_forward, x, hidden, out, {b, h, w, w, c}, wide, weights0, bias0, weights1, bias1, {scratch, each},
-           {rows, pieces, threads});
+                           float *sums, float *scratch, long each, long rows, long pieces, long threads) {
+    CHOOSE(features_forward, x, hidden, out, {b, h, w, w, c}, wide, weights0, bias0, weights1, bias1, sums,
+           {scratch, each}, {rows, pieces, threads});
+}
+
+void elan_add_slots(const float *sums, float *totals, long slots, long numbers) {
+    CHOOSE(add_slots, sums, totals, slots, numbers);
 }
 
 void elan_features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,
