@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, windows_together
 
-NUMBERS_AT_ONCE = 2**26  # of maps that a call computes: it cannot be interrupted, and takes a tenth of a second or so
+NUMBERS_AT_ONCE = 2**24  # of maps that a call computes, which cannot be interrupted: under a second on two cores
 
 
 def run_body(body: Iterable[Any], x: Tensor, window_sizes: Sequence[int]) -> Tensor:
