@@ -42,7 +42,7 @@ _SRGB_PRIMARIES = (1, 2)
 _OF_MORE_THAN_THE_PICTURE = re.compile(rb'GCamera:|GContainer:|Container:Directory|hdrgm:|HasExtendedXMP')
 BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, cv2.error, KeyError, IndexError,
              TypeError, OverflowError, NotImplementedError, ZeroDivisionError, Image.DecompressionBombError,
-             tifffile.TiffFileError)
+             tifffile.TiffFileError)  # the last is no ValueError yet in what Python 3.10 gets
 
 
 @dataclass

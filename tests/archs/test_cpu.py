@@ -320,22 +320,25 @@ def test_gradients_of_gradients_are_what_the_modules_give(use_checkpoint):
 @compiled
 @pytest.mark.parametrize('mean', [1, 100])
 def test_gradients_through_batchnorm_keep_their_digits_on_maps_with_large_means(mean):
-    """float32 against float64; torch's own convolution and BatchNorm are off by 1e-2 at a mean of 100 deviations."""
+    """float32 against float64; torch's own convolution and BatchNorm are off by 1e-2 at a mean of 100 deviations.
+
+    Without attention, which amplifies what float32 rounds. The other gradients do not depend on the mean.
+    """
     torch.manual_seed(0)
     x, grad = torch.randn(2, 30, 16, 16) + mean * torch.randn(30, 1, 1), torch.randn(2, 60, 16, 16)
     conv, norm = torch.nn.Conv2d(30, 60, 1).requires_grad_(False), torch.nn.BatchNorm2d(60).requires_grad_(False)
     lines, grad_lines = x.transpose(1, 2).contiguous(), grad.transpose(1, 2).contiguous()
-    centre = lines.mean((0, 1, 3))
+    no_features = (torch.zeros(shape) for shape in ((60, 30, 1, 1), (60,), (30, 60, 1, 1), (30,)))
+    lines, centre = training._Features.apply(lines, *no_features)
     z, rstd = training._project(lines, centre, conv.weight.flatten(1), conv.bias, copy.deepcopy(norm))
     of_scale, of_offset = (grad_lines * z).sum((0, 1, 3)) * rstd, grad_lines.sum((0, 1, 3))
-    ours = training._norm_back(grad_lines, z, norm.weight * rstd, of_scale, of_offset, torch.zeros_like(lines), lines,
-                               centre, rstd, conv.weight)
+    of_x, of_weight = training._norm_back(grad_lines, z, norm.weight * rstd, of_scale, of_offset,
+                                          torch.zeros_like(lines), lines, centre, rstd, conv.weight)
     x = x.double().requires_grad_()
     conv, norm = conv.double().requires_grad_(), norm.double().requires_grad_()
-    inputs = x, conv.weight, conv.bias, norm.weight, norm.bias
-    exact = torch.autograd.grad(norm(conv(x)), inputs, grad.double())
-    ours = ours[0].transpose(1, 2), ours[1], torch.zeros(60), of_scale, of_offset
-    for name, one, other in zip(('x', 'weight', 'bias', 'scale', 'offset'), ours, exact, strict=True):
+    exact = torch.autograd.grad(norm(conv(x)), (x, conv.weight, norm.weight), grad.double())
+    for name, one, other in zip(('x', 'weight', 'scale'), (of_x.transpose(1, 2), of_weight, of_scale), exact,
+                                strict=True):
         assert (one - other).abs().max() / other.abs().max().clamp_min(1) < 5e-5, name
 
 

@@ -8,8 +8,8 @@ import yaml
 from elan_basicsr.cli import main
 from elan_basicsr.config.options import load_options
 from elan_basicsr.engine.unused import unused
+from tests.config.test_option_files import prepare
 from tests.conftest import ROOT
-from tests.engine.test_option_files import prepare
 from tests.engine.test_train import write
 
 

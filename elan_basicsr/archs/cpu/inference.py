@@ -1,4 +1,4 @@
-"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/bands.h`).
+"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/body.h`).
 
 Maps are (H, C, pitch): a row of the image is a block of lines, one for each channel, so that a shift is another address
 and a 1x1 convolution multiplies runs of pixels by single weights.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, windows_together
 
-NUMBERS_AT_ONCE = 2**24  # of maps that a call computes, which cannot be interrupted: under a second on two cores
+NUMBERS_AT_ONCE = 2**24  # of maps that a call computes, which cannot be interrupted; a module at least
 
 
 def run_body(body: Iterable[Any], x: Tensor, window_sizes: Sequence[int]) -> Tensor:
@@ -65,7 +65,9 @@ class _Runner:
         tokens = max(windows_together(w) * w**2 for w in window_sizes)
         self.room = max(self.hidden * (3 * self.pitch + PIXELS),
                         (self.c + 3 * self.width) * tokens + max(window_sizes)**2 * 2 * LINE)
-        self.scratch = image.new_empty(torch.get_num_threads() * self.room)
+        self.split = split(self.h, window_sizes=window_sizes)
+        *_, threads = self.split
+        self.scratch = image.new_empty(threads * self.room)
 
     def run(self) -> Tensor:
         """All blocks; the result (C, H, W) is a view of a map."""
@@ -80,7 +82,7 @@ class _Runner:
         for first in range(0, len(self.modules), at_once):
             count = min(at_once, len(self.modules) - first)
             call('elan_body', self.x, self.other, *common, table[first:], groups[first:], count, self.scratch,
-                 self.room, *split(self.h, window_sizes=self.window_sizes))
+                 self.room, *self.split)
             if count % 2:
                 self.x, self.other = self.other, self.x
         return self.x[..., :self.w].transpose(0, 1)

@@ -103,7 +103,7 @@ class _Sums:
     def totals(self) -> list[Tensor]:
         totals = [part.new_empty(part.shape[1:]) for part in self.parts]
         for part, total in zip(self.parts, totals, strict=True):
-            call('elan_add_slots', part, total, len(part), total.numel())
+            call('elan_add_slots', part, total, len(part), total.numel(), torch.get_num_threads())
         return [total[..., :shape[-1]] for total, shape in zip(totals, self.shapes, strict=True)]
 
 

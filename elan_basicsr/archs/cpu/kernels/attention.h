@@ -10,10 +10,11 @@ struct Windows {
     long room() const { return together() * tokens(); }  // tokens in memory
     long across() const { return (size.w / edge + together() - 1) / together(); }
     long tasks() const { return size.b * (size.h / edge) * across(); }
-    // The first task of a piece of a band, or of the piece `more` further on.
-    long from(const Piece &piece, long pieces, long more) const {
-        return piece.first / edge * across() +
-               (piece.last - piece.first) / edge * across() * (piece.number + more) / pieces;
+    // Call run(task) for the tasks of a piece, of which a band has `pieces`.
+    template <class Run> INLINE void each(const Piece &piece, long pieces, Run run) const {
+        const long first = piece.first / edge * across(), tasks = (piece.last - piece.first) / edge * across();
+        const long end = first + tasks * (piece.number + 1) / pieces;
+        for (long task = first + tasks * piece.number / pieces; task < end; task++) run(task);
     }
     long number(long task) const { return smaller(together(), size.w / edge - task % across() * together()); }
 };

@@ -84,17 +84,13 @@ private:
     }
 };
 
-// Call run(piece, its thread) for all pieces of all stages; needs(stage) tells what a stage needs of the one before.
+// Call run(piece, its thread) for all pieces of all stages; needs(stage) tells what a stage needs of the one before, the
+// first one of nothing.
 template <class NeedsOf, class Run>
 INLINE void in_bands(const Map &size, const Split &split, long stages, NeedsOf needs, Run run) {
     Progress<NeedsOf> progress(size, split, stages, needs);
 #pragma omp parallel num_threads(split.threads)
     for (Piece piece; progress.next(piece);) run(piece, omp_get_thread_num());
-}
-
-// The same for one stage.
-template <class Run> INLINE void in_bands(const Map &size, const Split &split, Run run) {
-    in_bands(size, split, 1, [](long) { return Needs{NONE, NONE}; }, run);
 }
 
 }  // namespace NAMESPACE

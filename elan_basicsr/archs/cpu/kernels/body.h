@@ -27,21 +27,23 @@ INLINE Needs needs_of(const Body &body, long stage) {
     }
 }
 
-static void run(const Body &body, const Piece &piece, long pieces, float *in, float *out, float *scratch) {
+static void run_piece(const Body &body, const Piece &piece, long pieces, float *in, float *out, float *scratch) {
     const Map &size = body.size;
     const Module &module = body.modules[piece.stage / STAGES];
     if (piece.stage % STAGES == FEATURES)
         return features(in, out, size, piece.begin, piece.end, body.hidden, module.weights0, module.bias0,
                         module.weights1, module.bias1, scratch);
     if (piece.stage % STAGES == PROJECTION)
-        return add_product(in, out, size, piece.begin, piece.end, module.out_weights, module.out_bias);
+        return product_of_rows<ADD>(in + piece.begin * size.row(), size, piece.end - piece.begin, module.out_weights,
+                                    module.out_bias, size.c, out + piece.begin * size.row());
     const long d = size.c / body.groups;
     for (long g = 0; g < body.groups; g++) {
         const Windows windows = {size, body.edges[g], module.shifted ? body.edges[g] / 2 : 0};
         const float *const *weights = body.projections + 2 * (piece.stage / STAGES * body.groups + g);
-        for (long task = windows.from(piece, pieces, 0); task < windows.from(piece, pieces, 1); task++)
+        windows.each(piece, pieces, [&](long task) {
             attend(out, in + g * d * size.pitch, body.queries[g], module.shares, windows, task, d, weights[0],
                    weights[1], scratch);
+        });
     }
 }
 
@@ -50,7 +52,7 @@ static void run_body(const Body &body, float *x, float *other, const Split &spli
     in_bands(body.size, split, body.count * STAGES, [&](long stage) { return needs_of(body, stage); },
              [&](const Piece &piece, long thread) {
                  const bool odd = piece.stage / STAGES % 2;
-                 run(body, piece, split.pieces, odd ? other : x, odd ? x : other, scratch + thread * each);
+                 run_piece(body, piece, split.pieces, odd ? other : x, odd ? x : other, scratch + thread * each);
              });
 }
 

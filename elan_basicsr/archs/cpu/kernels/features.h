@@ -1,4 +1,4 @@
-// Local feature extraction and the projection out of attention, for inference.
+// Local feature extraction, for inference.
 namespace NAMESPACE {
 
 // out = x + the local features of x, in rows first to last. Three rows of the widened map follow the output down.
@@ -26,17 +26,6 @@ static void features(const float *x, float *out, const Map &size, long first, lo
             product<ADD>(vectors, packed, PIXELS, weights1, bias1, hidden, size.c, to, size.pitch);
         }
     }
-}
-
-// x += weights y + bias in rows first to last.
-static void add_product(const float *y, float *x, const Map &size, long first, long last, const float *weights,
-                        const float *bias) {
-    for (long row = first; row < last; row++)
-        for (long u = 0; u < size.vectors(); u += V) {
-            const long at = row * size.row() + u * LANES;
-            product<ADD>(smaller(V, size.vectors() - u), y + at, size.pitch, weights, bias, size.c, size.c, x + at,
-                         size.pitch);
-        }
 }
 
 }  // namespace NAMESPACE

@@ -105,20 +105,23 @@ INLINE float *cleared(float *sums, const Piece &piece, long numbers) {
     return (float *)memset(sums + piece.slot * numbers, 0, numbers * 4);
 }
 
-// totals[i] = the sum over slots of [slot][i].
-static void add_slots(const float *sums, float *totals, long slots, long numbers) {
-    memcpy(totals, sums, numbers * 4);
-    for (long slot = 1; slot < slots; slot++) {
-        sums += numbers;
-        long i = 0;
-        for (; i + LANES <= numbers; i += LANES) store(totals + i, load(totals + i) + load(sums + i));
-        for (; i < numbers; i++) totals[i] += sums[i];
+// totals[i] = the sum over slots of [slot][i]. Few are added sooner than threads have met.
+static void add_slots(const float *sums, float *totals, long slots, long numbers, long threads) {
+    constexpr long some = 1024, few = 1 << 22;
+#pragma omp parallel for num_threads(threads) if (slots * numbers > few)
+    for (long first = 0; first < numbers; first += some) {
+        const long end = smaller(first + some, numbers);
+        memcpy(totals + first, sums + first, (end - first) * 4);
+        for (long slot = 1; slot < slots; slot++)
+            for (long i = first; i < end; i++) totals[i] += sums[slot * numbers + i];
     }
 }
 
 INLINE Lines lines_of(const float *map, const Map &size, long row) {
     return {map + row * size.row(), size.row(), size.pitch, size.c};
 }
+
+constexpr auto nothing = [](long) { return Needs{NONE, NONE}; };
 
 // Memory of each thread's own.
 struct Scratch {
@@ -127,24 +130,17 @@ struct Scratch {
     float *of(long thread) const { return memory + thread * each; }
 };
 
-// out = weights shift(x) + bias in the rows of a piece, through a ReLU or added to `residual`; without `packed`, of x as it
-// is. out has n lines.
-static void convolve(const float *x, float *out, const float *residual, bool relu, const Map &size, long n,
-                     const float *weights, const float *bias, const Piece &piece, float *packed) {
+// out = weights shift(x) + bias in the rows of a piece, added to `residual` or else through a ReLU; out has n lines.
+static void convolve(const float *x, float *out, const float *residual, const Map &size, long n, const float *weights,
+                     const float *bias, const Piece &piece, float *packed) {
     const Map to_size = size.with(n);
     for (long y = piece.begin; y < piece.end; y++)
         for (long u = 0; u < size.vectors(); u += V) {
             const long vectors = smaller(V, size.vectors() - u), at = y * to_size.row() + u * LANES;
-            const float *from = x + y * size.row() + u * LANES;
-            long stride = size.pitch;
-            if (packed) {
-                pack_shifted<false>(rows_at(x, size, y), size.pitch, size.c, size.w, u, vectors, packed, PIXELS);
-                from = packed, stride = PIXELS;
-            }
+            pack_shifted<false>(rows_at(x, size, y), size.pitch, size.c, size.w, u, vectors, packed, PIXELS);
             if (residual) copy_lines(residual + at, size.pitch, out + at, size.pitch, n, vectors);
-            (residual ? product<ADD>
-             : relu   ? product<RELU>
-                      : product<WRITE>)(vectors, from, stride, weights, bias, size.c, n, out + at, size.pitch);
+            (residual ? product<ADD> : product<RELU>)(vectors, packed, PIXELS, weights, bias, size.c, n, out + at,
+                                                      size.pitch);
         }
 }
 
@@ -152,11 +148,11 @@ static void convolve(const float *x, float *out, const float *residual, bool rel
 static void features_forward(const float *x, float *hidden, float *out, const Map &size, long wide,
                              const float *weights0, const float *bias0, const float *weights1, const float *bias1,
                              float *sums, Scratch scratch, const Split &split) {
-    in_bands(size, split, 2, [](long stage) { return stage ? Needs{BESIDE, BESIDE} : Needs{NONE, NONE}; },
+    in_bands(size, split, 2, [](long) { return Needs{BESIDE, BESIDE}; },
              [&](const Piece &piece, long thread) {
                  float *mine = scratch.of(thread);
-                 if (!piece.stage) return convolve(x, hidden, nullptr, true, size, wide, weights0, bias0, piece, mine);
-                 convolve(hidden, out, x, false, size.with(wide), size.c, weights1, bias1, piece, mine);
+                 if (!piece.stage) return convolve(x, hidden, nullptr, size, wide, weights0, bias0, piece, mine);
+                 convolve(hidden, out, x, size.with(wide), size.c, weights1, bias1, piece, mine);
                  line_sums(lines_of(out, size, piece.begin), piece.end - piece.begin, size.vectors(),
                            cleared(sums, piece, size.c));
              });
@@ -168,14 +164,6 @@ INLINE void pack_rows(const float *map, const Map &size, long first, long rows, 
     for (long y = 0; y < rows; y++)
         pack_shifted<BACK>(rows_at(map, size, first + y), size.pitch, size.c, size.w, 0, size.vectors(),
                            to + y * size.row(), size.pitch);
-}
-
-// out = weights x for some rows.
-INLINE void product_of_rows(const float *x, const Map &size, long rows, const float *weights, long n, float *out) {
-    for (long y = 0; y < rows; y++)
-        for (long u = 0; u < size.vectors(); u += V)
-            product<WRITE>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, nullptr,
-                           size.c, n, out + y * n * size.pitch + u * LANES, size.pitch);
 }
 
 // A convolution, backwards: the gradients of its weights [n][filled(c)] and bias [n] in each slot.
@@ -198,7 +186,8 @@ static void features_back1(const float *grad, const float *hidden, float *of_far
         transpose(of_out, rows, size.w, columns);
         outer_product(lines_of(far, wide_size, 0), columns, size.c, rows, size.w, of_weights);
         line_sums(of_out, rows, size.vectors(), of_bias);
-        product_of_rows(grad + first * size.row(), size, rows, weights, wide, of_far + first * wide_size.row());
+        product_of_rows<WRITE>(grad + first * size.row(), size, rows, weights, nullptr, wide,
+                               of_far + first * wide_size.row());
     }
 }
 
@@ -220,7 +209,7 @@ static void features_back0(const float *x, const float *hidden, const float *of_
         const Lines of_out = lines_of(of_hidden, wide_size, 0);
         outer_product(of_out, columns, size.c, rows, size.w, of_weights);
         line_sums(of_out, rows, size.vectors(), of_bias);
-        product_of_rows(of_hidden, wide_size, rows, weights, size.c, of_near + first * size.row());
+        product_of_rows<WRITE>(of_hidden, wide_size, rows, weights, nullptr, size.c, of_near + first * size.row());
     }
 }
 
@@ -238,7 +227,7 @@ static void add_shifted_back(const float *grad, const float *of_near, float *out
 static void features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,
                           float *out, const Map &size, long wide, const float *weights0, const float *weights1,
                           OfConvolution sums0, OfConvolution sums1, Scratch scratch, const Split &split) {
-    in_bands(size, split, 3, [](long stage) { return stage ? Needs{BESIDE, BESIDE} : Needs{NONE, NONE}; },
+    in_bands(size, split, 3, [](long) { return Needs{BESIDE, BESIDE}; },
              [&](const Piece &piece, long thread) {
                  float *mine = scratch.of(thread);
                  switch (piece.stage) {
@@ -253,9 +242,10 @@ static void features_back(const float *x, const float *hidden, const float *grad
 static void project_squares(const float *x, float *z, const Map &size, long n, const float *weights, const float *bias,
                             float *sums, const Split &split) {
     const Map z_size = size.with(n);
-    in_bands(size, split, [&](const Piece &piece, long) {
+    in_bands(size, split, 1, nothing, [&](const Piece &piece, long) {
         float *squares = cleared(sums, piece, n);
-        convolve(x, z, nullptr, false, size, n, weights, bias, piece, nullptr);
+        product_of_rows<WRITE>(x + piece.begin * size.row(), size, piece.end - piece.begin, weights, bias, n,
+                               z + piece.begin * z_size.row());
         for (long y = piece.begin; y < piece.end; y++)
             for (long i = 0; i < n; i++) {
                 const float *line = z + y * z_size.row() + i * size.pitch;
@@ -306,7 +296,7 @@ static void norm_back(const float *grad, const float *z, const float *scale, con
                       const float *weights, float *sums, Scratch scratch, const Split &split) {
     const Map z_size = size.with(n);
     const long step = rows_at_a_time(size, n);
-    in_bands(size, split, [&](const Piece &piece, long thread) {
+    in_bands(size, split, 1, nothing, [&](const Piece &piece, long thread) {
         float *of_z = scratch.of(thread), *centred = of_z + step * z_size.row(), *columns = centred + step * size.row();
         float *of_weights = cleared(sums, piece, n * filled(size.c));
         for (long first = piece.begin; first < piece.end; first += step) {
@@ -325,13 +315,8 @@ static void norm_back(const float *grad, const float *z, const float *scale, con
                     }
             transpose(lines_of(centred, size, 0), rows, size.w, columns);
             outer_product(lines_of(of_z, z_size, 0), columns, size.c, rows, size.w, of_weights);
-            for (long y = 0; y < rows; y++)
-                for (long u = 0; u < size.vectors(); u += V) {
-                    const long vectors = smaller(V, size.vectors() - u), at = (first + y) * size.row() + u * LANES;
-                    copy_lines(residual + at, size.pitch, out + at, size.pitch, size.c, vectors);
-                    product<ADD>(vectors, of_z + y * z_size.row() + u * LANES, size.pitch, weights, nullptr, n, size.c,
-                                 out + at, size.pitch);
-                }
+            memcpy(out + first * size.row(), residual + first * size.row(), rows * size.row() * 4);
+            product_of_rows<ADD>(of_z, z_size, rows, weights, nullptr, size.c, out + first * size.row());
         }
     });
 }
@@ -358,7 +343,6 @@ struct Groups {
     bool shifted;
     float *const *sums;
     Windows windows(long g) const { return {size, edges[g], shifted ? edges[g] / 2 : 0}; }
-    Needs needs_of_attended() const { return {shifted ? ROUND : NONE, NONE}; }
 };
 
 // d lines of the queries or values of group g. A map has queries and values of each group, or values alone.
@@ -387,17 +371,21 @@ static void attention_forward(const Normalised &queries, const Normalised &value
                               Scratch scratch, const Split &split) {
     const Map &size = groups.size;
     const long d = size.c / groups.number;
-    in_bands(size, split, 2, [&](long stage) { return stage ? groups.needs_of_attended() : Needs{NONE, NONE}; },
+    in_bands(size, split, 2, [&](long) { return Needs{groups.shifted ? ROUND : NONE, NONE}; },
              [&](const Piece &piece, long thread) {
-                 if (piece.stage)
-                     return convolve(attended, out, x, false, size, size.c, weights, bias, piece, nullptr);
+                 if (piece.stage) {
+                     const long begin = piece.begin * size.row(), rows = piece.end - piece.begin;
+                     memcpy(out + begin, x + begin, rows * size.row() * 4);
+                     return product_of_rows<ADD>(attended + begin, size, rows, weights, bias, size.c, out + begin);
+                 }
                  for (long g = 0; g < groups.number; g++) {
                      const Windows windows = groups.windows(g);
-                     for (long task = windows.from(piece, split.pieces, 0); task < windows.from(piece, split.pieces, 1);
-                          task++)
-                         attend_normalised(lines_of_group(queries, groups, g, false),
-                                           lines_of_group(values, groups, g, true), attended + g * d * size.pitch,
-                                           groups.sums[g], windows, task, d, scratch.of(thread));
+                     const Normalised q = lines_of_group(queries, groups, g, false);
+                     const Normalised v = lines_of_group(values, groups, g, true);
+                     windows.each(piece, split.pieces, [&](long task) {
+                         attend_normalised(q, v, attended + g * d * size.pitch, groups.sums[g], windows, task, d,
+                                           scratch.of(thread));
+                     });
                  }
              });
 }
@@ -481,7 +469,7 @@ static void attention_backward(const Normalised &queries, const Normalised &valu
                                const Split &split) {
     const Map &size = groups.size;
     const long d = size.c / groups.number, width = values.n / groups.number;
-    in_bands(size, split, 2, [&](long stage) { return stage ? groups.needs_of_attended() : Needs{NONE, NONE}; },
+    in_bands(size, split, 2, [&](long) { return Needs{groups.shifted ? ROUND : NONE, NONE}; },
              [&](const Piece &piece, long thread) {
                  if (piece.stage)
                      return line_products(of_normalised, values.map, size.with(values.n), sums.scale, sums.offset,
@@ -489,13 +477,14 @@ static void attention_backward(const Normalised &queries, const Normalised &valu
                  products(grad, attended, size, sums.out, piece, scratch.of(thread));
                  for (long g = 0; g < groups.number; g++) {
                      const Windows windows = groups.windows(g);
+                     const Normalised q = lines_of_group(queries, groups, g, false);
+                     const Normalised v = lines_of_group(values, groups, g, true);
                      float *both = of_normalised + g * width * size.pitch;
-                     for (long task = windows.from(piece, split.pieces, 0); task < windows.from(piece, split.pieces, 1);
-                          task++)
-                         attend_back(lines_of_group(queries, groups, g, false), lines_of_group(values, groups, g, true),
-                                     grad, attended + g * d * size.pitch, groups.sums[g], module ? nullptr : both,
+                     windows.each(piece, split.pieces, [&](long task) {
+                         attend_back(q, v, grad, attended + g * d * size.pitch, groups.sums[g], module ? nullptr : both,
                                      both + (width - d) * size.pitch, shared[g], module, windows, task, d,
                                      out_weights[g], scratch.of(thread));
+                     });
                  }
              });
 }

@@ -117,8 +117,8 @@ void elan_features_forward(const float *x, float *hidden, float *out, long b, lo
            {scratch, each}, {rows, pieces, threads});
 }
 
-void elan_add_slots(const float *sums, float *totals, long slots, long numbers) {
-    CHOOSE(add_slots, sums, totals, slots, numbers);
+void elan_add_slots(const float *sums, float *totals, long slots, long numbers, long threads) {
+    CHOOSE(add_slots, sums, totals, slots, numbers, threads);
 }
 
 void elan_features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,

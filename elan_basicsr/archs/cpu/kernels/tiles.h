@@ -90,6 +90,16 @@ inline void product(long vectors, const float *x, long stride, const float *weig
     }
 }
 
+// The same for whole rows of a map: x and out are their first ones.
+template <Into INTO>
+INLINE void product_of_rows(const float *x, const Map &size, long rows, const float *weights, const float *bias, long n,
+                            float *out) {
+    for (long y = 0; y < rows; y++)
+        for (long u = 0; u < size.vectors(); u += V)
+            product<INTO>(smaller(V, size.vectors() - u), x + y * size.row() + u * LANES, size.pitch, weights, bias,
+                          size.c, n, out + y * n * size.pitch + u * LANES, size.pitch);
+}
+
 INLINE void copy_lines(const float *from, long stride, float *to, long to_stride, long lines, long vectors) {
     for (long k = 0; k < lines; k++, from += stride, to += to_stride)
         for (long u = 0; u < vectors; u++) store(to + u * LANES, load(from + u * LANES));

@@ -1,6 +1,6 @@
 """Option files are data from strangers: whatever they hold, loading ends in options or in one UserError of one line.
 
-Mutations follow the structure of the shipped files. `ELAN_FUZZ_EXAMPLES=10000 pytest tests/engine/test_options_fuzz.py`
+Mutations follow the structure of the shipped files. `ELAN_FUZZ_EXAMPLES=10000 pytest tests/config/test_options_fuzz.py`
 tries that many of them.
 """
 from __future__ import annotations
