@@ -129,7 +129,8 @@ def read_pixels(layout: Layout, file: BinaryIO, path) -> tuple[np.ndarray, np.nd
     if page.photometric == _WHITE_IS_0:
         colour = most - colour
     elif page.photometric == _YCBCR:
-        colour = np.asarray(Image.frombytes('YCbCr', colour.shape[1::-1], colour.tobytes()).convert('RGB'))
+        h, w = colour.shape[:2]
+        colour = np.asarray(Image.frombytes('YCbCr', (w, h), colour.tobytes()).convert('RGB'))
     if alpha is not None and [what for what in page.extrasamples if what][:1] == [_ASSOCIATED]:
         share = np.maximum(alpha, 1)[..., None] / most
         colour = np.minimum(np.round(colour / share), most).astype(pixels.dtype)

@@ -162,7 +162,7 @@ class Enlarger:
         try:
             with (torch.inference_mode(),
                   torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()):
-                y = self._forward(pixels)[(slice(None), *inner)]
+                y = self._forward(pixels)[:, inner[0], inner[1]]
                 finite = torch.isfinite(y).all()
                 result = _to_integers(y.float(), pixels.shape[2], dtype).cpu().numpy()
         except RuntimeError as error:
