@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elan_basicsr.archs import cpu
+from elan_basicsr.archs import cpu, gpu
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -268,7 +268,8 @@ class ELAN(nn.Module):
         return x[..., :h * self.upscale, :w * self.upscale]
 
     def _run_body(self, x: Tensor) -> Tensor:
-        kernels = cpu.stand_in(self.body, x, self.window_sizes, _PLAIN_TYPES)
+        on = gpu if x.is_cuda else cpu
+        kernels = on.stand_in(self.body, x, self.window_sizes, _PLAIN_TYPES)
         if kernels is cpu.inference:
             return kernels.run_body(self.body, x, self.window_sizes)
         if kernels is None:  # channels last, as functorch takes it too: windows and shifts are copied in runs of them

@@ -6,6 +6,7 @@ import platform
 import torch
 
 from elan_basicsr import compat
+from elan_basicsr.archs import gpu
 from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.bootstrap import OPENCV, version
 from elan_basicsr.interop import plugins
@@ -36,7 +37,8 @@ def doctor() -> int:
     print(f'  CPU kernels             {_kernels()}')
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        print(f'  cuda:{index}                  {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
+        print(f'  cuda:{index}                  {properties.name}, {properties.total_memory / 2**30:.1f} GiB, '
+              f'{"Triton kernels" if gpu.usable(torch.device("cuda", index)) else "no kernels"}')
     if not torch.cuda.is_available():
         print('  no GPU                  training and testing run on the CPU')
     print('\nrepairs to basicsr')

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elan_basicsr.archs import gpu
 from elan_basicsr.archs.cpu.library import library
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.config.checks import COMPILES_CHECKPOINTS, has_compiler
@@ -67,9 +68,12 @@ def ways(on_gpu: bool, training: bool) -> Iterator[Way]:
     if on_gpu:
         yield Way('float32 with TF32', 'TF32', tf32=True)
         yield Way('fp16 with scaler' if training else 'fp16', 'bf16', torch.float16)
-    elif library():
-        yield Way('modules', modules=True)
-    yield Way('bf16', 'bf16', torch.bfloat16, modules=True)
+        if gpu.usable(torch.device('cuda')):
+            yield Way('bf16', 'bf16', torch.bfloat16)
+            yield Way('modules with TF32', 'TF32', tf32=True, modules=True)
+    if library() or on_gpu:
+        yield MODULES
+    yield Way('modules in bf16', 'bf16', torch.bfloat16, modules=True)
     yield Way('channels-last', modules=True, channels_last=True)
     if training:
         yield Way('use_checkpoint', use_checkpoint=True)
@@ -164,7 +168,7 @@ class Case:
         if way.channels_last:
             net, lq = net.to(memory_format=torch.channels_last), lq.contiguous(memory_format=torch.channels_last)
         if way.modules:
-            net.body[0].register_forward_hook(lambda *_: None)  # kernels leave to the modules what somebody watches
+            leave_to_modules(net)
         call = torch.compile(net) if way.compiled else net
         autocast = torch.autocast(lq.device.type, way.dtype) if way.dtype else nullcontext()
         with tf32(way.tf32):
@@ -182,6 +186,11 @@ class Case:
         statistics = {f'statistic {name}': buffer for name, buffer in net.named_buffers()
                       if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
         return _on_cpu({'output': output, 'loss': loss, **gradients, **statistics})
+
+
+def leave_to_modules(net: ELAN) -> None:
+    """No kernels stand in for what somebody watches."""
+    net.body[0].register_forward_hook(lambda *_: None)
 
 
 def _on_cpu(results: Results) -> Results:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from elan_basicsr.archs import gpu
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.config.checks import has_compiler
 from elan_basicsr.report.timing import inference_call, synchronise, time_interleaved, training_step
 from elan_basicsr.selfcheck.checks import Check, Machine, Outcome
-from elan_basicsr.selfcheck.network import SIZES
+from elan_basicsr.selfcheck.network import SIZES, leave_to_modules
 
 RUNS = 5
 SCALE = 4
@@ -39,22 +40,28 @@ QUICK_WORK = (Work('ELAN-light', True, (1, 3, 64, 64)), Work('ELAN-light', False
 
 
 def checks(machine: Machine) -> Iterator[Check]:
-    """Eager in float32, which is what option files get that say nothing else, in bf16, and both compiled."""
+    """In float32, which is what option files get that say nothing else, in bf16, without kernels, and compiled."""
     for work in GPU_WORK if machine.on_gpu else QUICK_WORK if machine.quick else CPU_WORK:
-        for compiled in (False, True) if machine.on_gpu and not machine.quick else (False,):
-            for dtype in (torch.float32, torch.bfloat16):
-                name = f'{"bf16" if dtype == torch.bfloat16 else "float32"}{", compiled" if compiled else ""}'
-                yield Check(work.name, name, partial(measure, machine, work, dtype, compiled))
+        yield Check(work.name, 'float32', partial(measure, machine, work, torch.float32))
+        yield Check(work.name, 'bf16', partial(measure, machine, work, torch.bfloat16))
+        if machine.on_gpu and gpu.usable(machine.device):
+            yield Check(work.name, 'modules', partial(measure, machine, work, torch.float32, modules=True))
+        if machine.on_gpu and not machine.quick:
+            yield Check(work.name, 'compiled', partial(measure, machine, work, torch.float32, compiled=True))
+            yield Check(work.name, 'bf16, compiled', partial(measure, machine, work, torch.bfloat16, compiled=True))
 
 
-def measure(machine: Machine, work: Work, dtype: torch.dtype, compiled: bool) -> Outcome:
+def measure(machine: Machine, work: Work, dtype: torch.dtype, modules: bool = False,
+            compiled: bool = False) -> Outcome:
     """The median of RUNS runs, and the peak of what a GPU's memory held."""
     if time.monotonic() > machine.deadline:
         return Outcome(None, note='no time was left')
     if compiled and not has_compiler():
         return Outcome(None, note='torch.compile needs a C++ compiler')
     net = ELAN(upscale=SCALE, **SIZES[work.network]).to(machine.device)
-    if compiled:
+    if modules:
+        leave_to_modules(net)
+    if compiled:  # the modules, too
         net.compile()
     x = torch.rand(work.shape, device=machine.device)
     gt = torch.rand(*work.shape[:2], *(SCALE * edge for edge in work.shape[2:]), device=machine.device)

@@ -15,4 +15,4 @@ def step(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def weights_like(y: torch.Tensor) -> torch.Tensor:
     """By which `step` sums up an output: every pixel has a gradient of its own."""
-    return torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)

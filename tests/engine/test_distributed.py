@@ -82,7 +82,8 @@ def endless(options) -> str:
 
 def write_test(options) -> str:
     """The options of a test with the network and the images of the training."""
-    test = {key: options[key] for key in ('model_type', 'scale', 'num_gpu', 'manual_seed', 'network_g', 'path')}
+    keys = ('model_type', 'scale', 'num_gpu', 'manual_seed', 'network_g', 'path', 'dist_params')
+    test = {key: options[key] for key in keys if key in options}
     test.update(name='check', datasets={'test_1': options['datasets']['val']}, val={**options['val'], 'save_img': True})
     return write(test, 'test.yml')
 
@@ -194,7 +195,7 @@ def test_gpus_train_and_measure_under_torchrun(options, size, backend):
     assert finish(torchrun(processes, 'train', '-opt', write(options)), 300) == [0], Path('output.0').read_text()
     assert Path('output.0').read_text().count(f"{backend} on {{'cuda'}}: 2 made, left: []") == processes
     options['path']['pretrain_network_g'] = 'experiments/run/models/net_g_8.pth'
-    command = 'test', '-opt', write_test(options), '--set', 'deterministic=true', f'dist_params.backend={backend}'
+    command = 'test', '-opt', write_test(options), '--set', 'deterministic=true'
     figures = []
     for begin in (lambda: start(1, *command, '--launcher', 'none'), lambda: torchrun(processes, *command)):
         assert finish(begin(), 300) == [0], Path('output.0').read_text()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from elan_basicsr.archs.stand_in import setting
 
 OUTPUTS = 5  # of a tile, as in kernels/tiles.h
 PIXELS = 64  # of a tile, at most
@@ -30,7 +31,7 @@ def library() -> ctypes.CDLL | None:
 
     `ELAN_KERNELS=avx2` has a processor with AVX-512 take the kernels for AVX2.
     """
-    if os.environ.get('ELAN_KERNELS') == '0':
+    if setting() == '0':
         return None
     path = Path(__file__).with_name('_kernels.abi3.so')
     try:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, vector_lanes, windows_together
+from elan_basicsr.archs.stand_in import differentiable_again
 
 ROWS = 16  # at a time, at most, as in kernels/gradients.h
 
@@ -35,30 +34,7 @@ def run_block(block: Any, x: Tensor) -> Tensor:
         y = _Attention.apply(y, mean, gmsa.project_in.weight, gmsa.project_in.bias, gmsa.norm.weight, gmsa.norm.bias,
                              gmsa.project_out.weight, gmsa.project_out.bias, gmsa.norm, shared, i)
     shared.queries = ()
-    return _Block.apply(y.transpose(1, 2), block, x, *block.parameters())
-
-
-class _Block(torch.autograd.Function):
-    """What kernels made of x. A gradient of which another is to be taken goes through the block's modules instead."""
-
-    @staticmethod
-    @_without_autocast
-    def forward(ctx: Any, y: Tensor, block: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.block = block
-        ctx.save_for_backward(x)
-        return y
-
-    @staticmethod
-    @_backward_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = *ctx.saved_tensors, *ctx.block.parameters()
-        if not torch.is_grad_enabled():
-            return grad, None, *(None for _ in inputs)
-        statistics = {name: buffer.clone() for name, buffer in ctx.block.named_buffers()}  # which have had this batch
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            y = functional_call(ctx.block, statistics, inputs[0])
-        gradients = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
-        return None, None, *(next(gradients) if t.requires_grad else None for t in inputs)
+    return differentiable_again(y.transpose(1, 2), block, x)
 
 
 def _scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
