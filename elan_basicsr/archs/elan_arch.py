@@ -117,7 +117,7 @@ class GMSA(nn.Module):
         """Return the attended map (B, C, H, W) and the queries, one (N, window², C/groups) per window size."""
         # The logits are unscaled and reach hundreds: half-precision queries would be wrong by whole units. (On NVIDIA
         # GPUs from Ampere on the projection rounds its factors to TF32, cuDNN's default: logits up to 427 of a trained
-        # network move by at most 0.44, its output by at most an eighth of a grey level. Attention does not round.)
+        # network move by at most 0.44, its output by at most 0.6 grey levels. Attention does not round.)
         with torch.autocast(x.device.type, enabled=False):
             if x.dtype in (torch.bfloat16, torch.float16) and self.project_in.weight.dtype == torch.float32:
                 x = x.float()

@@ -68,7 +68,7 @@ def ways(on_gpu: bool, training: bool) -> Iterator[Way]:
     if on_gpu:
         yield Way('float32 with TF32', 'TF32', tf32=True)
         yield Way('fp16 with scaler' if training else 'fp16', 'bf16', torch.float16)
-        if gpu.usable(torch.device('cuda')):
+        if torch.cuda.is_available() and gpu.usable(torch.device('cuda')):
             yield Way('bf16', 'bf16', torch.bfloat16)
             yield Way('modules with TF32', 'TF32', tf32=True, modules=True)
     if library() or on_gpu:
