@@ -14,7 +14,7 @@ from elan_basicsr.archs.elan_arch import ELAB
 from elan_basicsr.archs.gpu import blocks
 from elan_basicsr.archs.gpu.attention import Group, attend
 from elan_basicsr.archs.gpu.pointwise import Norm, convolve
-from elan_basicsr.archs.gpu.products import Precision
+from elan_basicsr.archs.gpu.products import Precision, try_a_kernel
 
 CASES = {  # channels, shared modules, shifted, windows, size of a batch
     'shared queries, shifted': (6, 1, True, (4, 8, 16), (1, 16, 16)),
@@ -106,6 +106,10 @@ def test_gradients_in_less_precision_are_near(precision, limit, monkeypatch):
     found = _step(blocks.run_block, block, x, weight)
     assert all(value.dtype in (torch.float32, torch.int64) for value in found.values())
     _assert_near(found, exact, limit)
+
+
+def test_a_kernel_is_tried_before_others_are_used():
+    try_a_kernel(torch.device('cpu'))
 
 
 def test_batchnorm_without_weights():

@@ -52,12 +52,29 @@ def test_they_compile_for_gpus_that_are_not_here(capability):
 
 def test_they_are_for_gpus_on_which_they_were_measured(monkeypatch):
     """`ELAN_KERNELS=triton` has them on others that can run them, `ELAN_KERNELS=0` on none."""
-    monkeypatch.setattr(gpu, '_has_triton', lambda: True)
+    monkeypatch.setattr(gpu, '_compiles', lambda device: True)
     for capability, setting, expected in (((9, 0), '', True), ((8, 6), '', False), ((8, 6), 'triton', True),
                                           ((7, 5), 'triton', False), ((9, 0), '0', False)):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, capability=capability: capability)
         monkeypatch.setenv('ELAN_KERNELS', setting)
         assert gpu.usable(torch.device('cuda')) == expected, (capability, setting)
+
+
+@has_triton
+def test_where_triton_cannot_compile_the_modules_do_it_and_a_line_says_why(monkeypatch):
+    """Triton takes a C compiler when a kernel is first called, which PyTorch does not need."""
+    from elan_basicsr.archs.gpu import products
+
+    def fail(device):
+        raise RuntimeError('Failed to find C compiler.\nPlease specify via CC')
+
+    monkeypatch.setattr(products, 'try_a_kernel', fail)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (9, 0))
+    gpu._compiles.cache_clear()
+    with pytest.warns(UserWarning, match=r'Failed to find C compiler. Please specify via CC\).*apt install gcc'):
+        assert not gpu.usable(torch.device('cuda'))
+    assert not gpu.usable(torch.device('cuda'))  # and not again
+    gpu._compiles.cache_clear()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -41,10 +42,23 @@ def usable(device: torch.device) -> bool:
 
     With `ELAN_KERNELS=triton` they are on every one from compute capability 8.0 on, with `ELAN_KERNELS=0` on none.
     """
-    least = torch.cuda.get_device_capability(device)
-    return _has_triton() and setting() != '0' and (least in MEASURED or setting() == 'triton' and least >= (8, 0))
+    capability = torch.cuda.get_device_capability(device)
+    wanted = setting() != '0' and (capability in MEASURED or setting() == 'triton' and capability >= (8, 0))
+    return wanted and _compiles(device)
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec('triton') is not None
+def _compiles(device: torch.device) -> bool:
+    """Whether there is Triton, and what it needs when a kernel is first called: a C compiler and Python's headers."""
+    if importlib.util.find_spec('triton') is None:
+        return False
+    try:
+        from elan_basicsr.archs.gpu import products
+        products.try_a_kernel(device)
+    except Exception as error:  # whatever it is, the modules do without
+        reason = ' '.join(str(error).split())[:120]
+        warnings.warn(f'Triton cannot compile kernels here ({type(error).__name__}: {reason}), so that ELAN takes two '
+                      'to five times the time; it needs gcc and the headers of Python (apt install gcc python3-dev)',
+                      stacklevel=2)
+        return False
+    return True

@@ -19,6 +19,11 @@ from elan_basicsr.archs.stand_in import differentiable_again
 
 def run_block(block: Any, x: Tensor) -> Tensor:
     """An ELAB on a padded map. (B, C, H, W) -> the same."""
+    with torch.cuda.device_of(x):  # Triton takes the current device, whatever it is given
+        return differentiable_again(_run(block, x), block, x)
+
+
+def _run(block: Any, x: Tensor) -> Tensor:
     precision = Precision.TF32 if torch.backends.cudnn.allow_tf32 else Precision.EXACT
     mixed = Precision.of(torch.get_autocast_dtype('cuda')) if torch.is_autocast_enabled('cuda') else precision
     y, queries = x.permute(0, 2, 3, 1).contiguous(), None
@@ -28,7 +33,7 @@ def run_block(block: Any, x: Tensor) -> Tensor:
                                           queries is None and len(block.gmsa) > 1, precision)
         queries = kept if queries is None else queries
         y = _Projection.apply(attended, gmsa.project_out.weight, gmsa.project_out.bias, y, mixed)
-    return differentiable_again(y.permute(0, 3, 1, 2), block, x)
+    return y.permute(0, 3, 1, 2)
 
 
 def _project(gmsa: Any, x: Tensor, precision: Precision) -> Tensor:

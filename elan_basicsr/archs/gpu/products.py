@@ -28,6 +28,18 @@ class Precision(Enum):
         return {torch.bfloat16: Precision.BFLOAT16, torch.float16: Precision.FLOAT16}[dtype]
 
 
+def try_a_kernel(device: torch.device) -> None:
+    """Compile and run a kernel that does next to nothing."""
+    x = torch.zeros(1, device=device)
+    with torch.cuda.device_of(x):
+        _one_kernel[(1,)](x)
+
+
+@triton.jit
+def _one_kernel(x):
+    tl.store(x, 1.)
+
+
 @triton.jit
 def _to_tf32(x):
     """To the nearest; tensor cores cut off what is left, which makes all products smaller."""
