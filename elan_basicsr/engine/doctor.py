@@ -37,8 +37,8 @@ def doctor() -> int:
     print(f'  CPU kernels             {_kernels()}')
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        print(f'  cuda:{index}                  {properties.name}, {properties.total_memory / 2**30:.1f} GiB, '
-              f'{"Triton kernels" if gpu.usable(torch.device("cuda", index)) else "no kernels"}')
+        print(f'  cuda:{index}                  {properties.name}, {properties.total_memory / 2**30:.1f} GiB')
+        print(f'  cuda:{index} kernels          {_gpu_kernels(torch.device("cuda", index))}')
     if not torch.cuda.is_available():
         print('  no GPU                  training and testing run on the CPU')
     print('\nrepairs to basicsr')
@@ -73,6 +73,13 @@ def _kernels() -> str:
         return {4: 'NEON', 8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()]
     return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2 or aarch64, and a C++ '
             'compiler when the package is installed')
+
+
+def _gpu_kernels(device: torch.device) -> str:
+    if gpu.usable(device):
+        return f'Triton {gpu.triton_version()}'
+    return ('none, and ELAN runs more slowly: those in Triton were not measured on this GPU with this PyTorch; '
+            'ELAN_KERNELS=triton takes them, and then `basicsr doctor --check` tells whether they are right')
 
 
 def _registered(entries: registry.Registry, name: str) -> bool:

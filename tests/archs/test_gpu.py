@@ -53,11 +53,13 @@ def test_they_compile_for_gpus_that_are_not_here(capability):
 def test_they_are_for_gpus_on_which_they_were_measured(monkeypatch):
     """`ELAN_KERNELS=triton` has them on others that can run them, `ELAN_KERNELS=0` on none."""
     monkeypatch.setattr(gpu, '_compiles', lambda device: True)
-    for capability, setting, expected in (((9, 0), '', True), ((8, 6), '', False), ((8, 6), 'triton', True),
-                                          ((7, 5), 'triton', False), ((9, 0), '0', False)):
+    for capability, version, setting, expected in (
+            ((9, 0), '3.6', '', True), ((9, 0), '3.8', '', False), ((8, 6), '3.6', '', False), ((9, 0), '', '', False),
+            ((8, 6), '3.8', 'triton', True), ((7, 5), '3.6', 'triton', False), ((9, 0), '3.6', '0', False)):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, capability=capability: capability)
+        monkeypatch.setattr(gpu, 'triton_version', lambda version=version: version)
         monkeypatch.setenv('ELAN_KERNELS', setting)
-        assert gpu.usable(torch.device('cuda')) == expected, (capability, setting)
+        assert gpu.usable(torch.device('cuda')) == expected, (capability, version, setting)
 
 
 @has_triton
@@ -70,6 +72,7 @@ def test_where_triton_cannot_compile_the_modules_do_it_and_a_line_says_why(monke
 
     monkeypatch.setattr(products, 'try_a_kernel', fail)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (9, 0))
+    monkeypatch.setenv('ELAN_KERNELS', 'triton')
     gpu._compiles.cache_clear()
     with pytest.warns(UserWarning, match=r'Failed to find C compiler. Please specify via CC\).*apt install gcc'):
         assert not gpu.usable(torch.device('cuda'))

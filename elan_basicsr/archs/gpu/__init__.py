@@ -1,10 +1,10 @@
 """The blocks of ELAN on NVIDIA GPUs, by kernels in Triton, which PyTorch brings along on Linux."""
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib import metadata
 from types import ModuleType
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from elan_basicsr.archs.stand_in import are_as_made, setting
 
-MEASURED = ((9, 0),)
-"""Compute capabilities of the GPUs on which kernels were measured to be faster than the modules: H100 and H200."""
+MEASURED = {((9, 0), '3.6')}
+"""Compute capability and Triton with which the kernels were found right and faster than the modules: an H100's."""
 MOST_CHANNELS = 64  # of a group: beyond, what a program works on has no room in its registers
 WINDOWS = (2, 4, 8, 16, 32)
 
@@ -43,15 +43,22 @@ def usable(device: torch.device) -> bool:
     With `ELAN_KERNELS=triton` they are on every one from compute capability 8.0 on, with `ELAN_KERNELS=0` on none.
     """
     capability = torch.cuda.get_device_capability(device)
-    wanted = setting() != '0' and (capability in MEASURED or setting() == 'triton' and capability >= (8, 0))
-    return wanted and _compiles(device)
+    wanted = capability >= (8, 0) if setting() == 'triton' else (capability, triton_version()) in MEASURED
+    return wanted and setting() != '0' and _compiles(device)
+
+
+@cache
+def triton_version() -> str:
+    """Such as `3.6`, of which each makes other code of the kernels; empty where there is none."""
+    try:
+        return '.'.join(metadata.version('triton').split('.')[:2])
+    except metadata.PackageNotFoundError:
+        return ''
 
 
 @cache
 def _compiles(device: torch.device) -> bool:
     """Whether there is Triton, and what it needs when a kernel is first called: a C compiler and Python's headers."""
-    if importlib.util.find_spec('triton') is None:
-        return False
     try:
         from elan_basicsr.archs.gpu import products
         products.try_a_kernel(device)
