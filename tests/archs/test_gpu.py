@@ -34,6 +34,8 @@ def test_interpreted_they_give_what_the_modules_give():
 @pytest.mark.parametrize('capability', [80, 90])
 def test_they_compile_for_gpus_that_are_not_here(capability):
     """With the registers and the shared memory of such a GPU: 163 KiB, 227 KiB."""
+    if [int(part) for part in gpu.triton_version().split('.')] < [3, 3]:
+        pytest.skip('its compiler is called otherwise')
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
