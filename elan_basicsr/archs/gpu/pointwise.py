@@ -176,7 +176,8 @@ def weight_gradient(x: Tensor, grad: Tensor, precision: Precision, *, shift: boo
     steps = max(4, triton.cdiv(b * h * w, pixels * max(1, PROGRAMS // (blocks[0] * blocks[1]))))
     parts = triton.cdiv(b * h * w, pixels * steps)
     of_weight, of_bias = x.new_empty(parts, d, c, dtype=torch.float32), x.new_empty(parts, d, dtype=torch.float32)
-    _weight_gradient_kernel[(parts, *blocks)](
+    grid = parts, *blocks
+    _weight_gradient_kernel[grid](
         x, grad, of_weight, of_bias, b * h * w, h, w, steps, C=c, D=d, SHIFT=shift and c >= NUM_SHIFT_GROUPS,
         PRECISION=precision.value, PIXELS=pixels, INPUTS=inputs, OUTPUTS=outputs, num_warps=4, num_stages=2)
     return of_weight.sum(0), of_bias.sum(0)
