@@ -66,7 +66,7 @@ def outside(error: BaseException) -> str | None:
 
 def _outside_of(error: OSError, words: str) -> str:
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == 'download_url_to_file' and {'url', 'dst'} <= frame.f_locals.keys():
+        if frame.f_code.co_name == 'download_url_to_file' and {'url', 'dst'} <= set(frame.f_locals):
             # torch.hub's, by which torchvision and the toolbox fetch trained networks; the error names no file.
             return (f'{frame.f_locals["url"]}: cannot be fetched ({words}); by hand: fetch it where there is a '
                     f'network, and put it at {frame.f_locals["dst"]}')
