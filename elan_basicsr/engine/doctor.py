@@ -78,8 +78,8 @@ def _kernels() -> str:
 def _gpu_kernels(device: torch.device) -> str:
     if gpu.usable(device):
         return f'Triton {gpu.triton_version()}'
-    return ('none, and ELAN runs more slowly: those in Triton were not measured on this GPU with this PyTorch; '
-            'ELAN_KERNELS=triton takes them, and then `basicsr doctor --check` tells whether they are right')
+    return ('none, and ELAN runs more slowly: those in Triton are taken on GPUs and with versions on which they were '
+            'measured; ELAN_KERNELS=triton asks for them, and `basicsr doctor --check` tells whether they are right')
 
 
 def _registered(entries: registry.Registry, name: str) -> bool:

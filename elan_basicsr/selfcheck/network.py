@@ -68,10 +68,13 @@ def ways(on_gpu: bool, training: bool) -> Iterator[Way]:
     if on_gpu:
         yield Way('float32 with TF32', 'TF32', tf32=True)
         yield Way('fp16 with scaler' if training else 'fp16', 'bf16', torch.float16)
-        if torch.cuda.is_available() and gpu.usable(torch.device('cuda')):
+        kernels = torch.cuda.is_available() and gpu.usable(torch.device('cuda'))
+        if kernels:
             yield Way('bf16', 'bf16', torch.bfloat16)
             yield Way('modules with TF32', 'TF32', tf32=True, modules=True)
-    if library() or on_gpu:
+    else:
+        kernels = library() is not None
+    if kernels:
         yield MODULES
     yield Way('modules in bf16', 'bf16', torch.bfloat16, modules=True)
     yield Way('channels-last', modules=True, channels_last=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from elan_basicsr.archs.elan_arch import NUM_SHIFT_GROUPS
 from elan_basicsr.archs.gpu.products import Precision, product
 
-PIXELS = 64  # of a program
+PIXELS = 64  # of a program, or of each step of one that sums over them
 INPUTS = 64  # channels that are multiplied at a time
 PROGRAMS = 264  # that share the sums of a weight's gradient, about: each has a matrix of its own, added afterwards
 
@@ -170,16 +170,16 @@ def _run(x: Tensor, weight: Tensor, weight_strides: tuple[int, ...], bias: Tenso
 def weight_gradient(x: Tensor, grad: Tensor, precision: Precision, *, shift: bool = False) -> tuple[Tensor, Tensor]:
     """The gradients (D, C) and (D) of weight and bias of `convolve`, from its map and that of what it gave."""
     b, h, w, c = x.shape
-    d, pixels = grad.shape[3], 64
-    outputs, inputs = _block(d), 64
-    blocks = triton.cdiv(d, outputs), triton.cdiv(c, inputs)
-    steps = max(4, triton.cdiv(b * h * w, pixels * max(1, PROGRAMS // (blocks[0] * blocks[1]))))
-    parts = triton.cdiv(b * h * w, pixels * steps)
+    d = grad.shape[3]
+    outputs = _block(d)
+    blocks = triton.cdiv(d, outputs), triton.cdiv(c, INPUTS)
+    steps = max(4, triton.cdiv(b * h * w, PIXELS * max(1, PROGRAMS // (blocks[0] * blocks[1]))))
+    parts = triton.cdiv(b * h * w, PIXELS * steps)
     of_weight, of_bias = x.new_empty(parts, d, c, dtype=torch.float32), x.new_empty(parts, d, dtype=torch.float32)
     grid = parts, *blocks
     _weight_gradient_kernel[grid](
         x, grad, of_weight, of_bias, b * h * w, h, w, steps, C=c, D=d, SHIFT=shift and c >= NUM_SHIFT_GROUPS,
-        PRECISION=precision.value, PIXELS=pixels, INPUTS=inputs, OUTPUTS=outputs, num_warps=4, num_stages=2)
+        PRECISION=precision.value, PIXELS=PIXELS, INPUTS=INPUTS, OUTPUTS=outputs, num_warps=4, num_stages=2)
     return of_weight.sum(0), of_bias.sum(0)
 
 
