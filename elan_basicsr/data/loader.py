@@ -62,10 +62,13 @@ class PatchLoader:
     def close(self) -> None:
         """End the workers of the latest iteration.
 
-        An error holds on to it, and a program that ends terminates its workers, which wait for GRACE seconds then.
+        An error holds on to it, and a program that ends terminates its workers, which wait for GRACE seconds then. So
+        would one that is still at a sample after the seconds that torch gives it, and it is of no use any more.
         """
         if isinstance(self._batches, _MultiProcessingDataLoaderIter):
             self._batches._shutdown_workers()
+            for worker in self._batches._workers:
+                worker.kill()
 
 
 @contextmanager

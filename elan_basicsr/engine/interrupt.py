@@ -60,9 +60,11 @@ class StopRequest:
 
     def requested(self) -> bool:
         """Whether any process of the run was asked to stop: all of them answer the same."""
+        asked = self.cause is not None
         if get_dist_info()[1] > 1:
-            asked = torch.tensor(int(self.cause is not None), device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            if asked.item() and self.cause is None:
+            shared = torch.tensor(int(asked), device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            asked = bool(shared.item())  # not what has come in the meantime: the others do not know of it
+            if asked and self.cause is None:
                 self.cause = 'a signal to another process'
-        return self.cause is not None
+        return asked

@@ -157,7 +157,9 @@ def process_group(launcher: str | None = None, *, backend: str = 'gloo', gpu: bo
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that other processes of the run are gone or do not answer."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or 'gloo' in str(error))
+    # gloo's messages begin with the place in its source, but for that of work which a timeout elsewhere ended.
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or 'gloo' in str(error)
+                                                or 'Application timeout caused pair closure' in str(error))
 
 
 def _meet(processes: Processes, backend: str, gpu: bool, timeout: float) -> None:

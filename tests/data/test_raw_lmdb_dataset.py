@@ -3,11 +3,13 @@ import itertools
 import pickle
 import random
 import shutil
+import signal
+import time
 
 import cv2
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, _utils
 
 from elan_basicsr.data.images import read_bgr
 from elan_basicsr.data.loader import PatchLoader, to_float
@@ -76,6 +78,27 @@ def test_batches_are_their_samples_with_any_number_of_workers(opt, workers, cont
             assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples])), (step, name)
         assert batch['lq_path'] == [sample['lq_path'] for sample in samples]
     assert random.random() == drawn  # loading draws nothing from the run's generator
+
+
+class Stuck(Dataset):
+    opt = {'name': 'stuck'}
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(600)
+
+
+def test_a_worker_that_hangs_ends_with_the_others(monkeypatch):
+    """On SIGTERM alone it would go on for minutes, and the run that has ended would wait for it."""
+    monkeypatch.setattr(_utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)
+    loader = PatchLoader(Stuck(), StreamSampler(4, batch_size=2, seed=1), workers=2)
+    workers = iter(loader)._workers
+    loader.close()
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGKILL
 
 
 def test_key_lists_that_differ_are_named(data, opt, tmp_path):

@@ -35,7 +35,7 @@ def free_port() -> str:
 
 def environment(rank: int, size: int, port: str) -> dict[str, str]:
     return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(size), 'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': port, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': with_checkout()}
+            'MASTER_PORT': port, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': with_checkout(), 'PYTHONFAULTHANDLER': '1'}
 
 
 def start(size: int, *arguments: str, program: tuple[str, ...] = ('-m', 'elan_basicsr')) -> list[subprocess.Popen]:
@@ -51,10 +51,16 @@ def start(size: int, *arguments: str, program: tuple[str, ...] = ('-m', 'elan_ba
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
-    """Their exit codes; none may take longer than so many seconds."""
+    """Their exit codes; if one takes longer than so many seconds, each that still runs says where it is."""
     end = time.time() + seconds
     try:
         return [process.wait(max(end - time.time(), 0.1)) for process in processes]
+    except subprocess.TimeoutExpired:
+        late = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        for rank in late:
+            os.killpg(processes[rank].pid, signal.SIGABRT)  # faulthandler's: the stacks of all threads
+        time.sleep(2)
+        raise AssertionError(f'{late} still run after {seconds} s\n{outputs(len(processes))}') from None
     finally:
         for process in processes:
             if process.poll() is None:
@@ -62,7 +68,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]
 
 
 def outputs(size: int) -> str:
-    return '\n'.join(Path(f'output.{rank}').read_text()[-3000:] for rank in range(size))
+    return '\n'.join(Path(f'output.{rank}').read_text()[-6000:] for rank in range(size))
 
 
 def until(processes, text: str) -> None:
@@ -152,6 +158,57 @@ def test_nothing_refers_to_the_processes_when_they_are_left(options, end, codes)
     for rank in range(1 if end == 'death' else 2):
         output = Path(f'output.{rank}').read_text()
         assert "gloo on {'cpu'}: 2 made, left: []" in output, output
+
+
+MEANWHILE = """
+import itertools, os, signal, sys
+import torch.distributed as dist
+asked, all_reduce = itertools.count(), dist.all_reduce
+def signalled(*args, **kwargs):
+    all_reduce(*args, **kwargs)
+    if kwargs.get('op') == dist.ReduceOp.MAX and os.environ['RANK'] == '1' and next(asked) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+dist.all_reduce = signalled
+from elan_basicsr.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_processes_ask_each_other_stops_all_after_the_same_iteration(options):
+    """One that took its own answer for that of all would wait for a process that goes on."""
+    Path('meanwhile.py').write_text(MEANWHILE)
+    processes = start(2, 'train', '-opt', endless(options), program=('meanwhile.py',))
+    assert finish(processes, seconds=90) == [EXIT_STOPPED] * 2, outputs(2)
+    assert 'a signal to another process: stopped and saved at iteration 4' in Path('output.0').read_text()
+
+
+LATE = """
+import contextlib, time
+import torch
+import torch.distributed as dist
+from elan_basicsr.engine.launch import process_group
+from elan_basicsr.errors import RunLost
+def meet(rank):
+    if rank == 1:
+        time.sleep(10)
+    with contextlib.suppress(RuntimeError):
+        dist.all_reduce(torch.ones(1))
+    dist.all_reduce(torch.ones(1))
+try:
+    with process_group(timeout=2) as processes:
+        meet(processes.rank)
+except RunLost as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_work_that_a_timeout_elsewhere_ended_is_a_loss_too(options):
+    """Two buckets of gradients are under way, and one of them is told of the other's end only."""
+    Path('late.py').write_text(LATE)
+    assert finish(start(2, program=('late.py',)))[0] == 0, outputs(2)
+    assert 'process 0 of 2 lost the others: no answer from 1' in Path('output.0').read_text()
 
 
 UNTOUCHED = """
