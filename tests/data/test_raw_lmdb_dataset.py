@@ -1,5 +1,6 @@
 """PairedRawLmdbDataset gives what PairedImageDataset gives, from any process, or says what is wrong."""
 import itertools
+import multiprocessing
 import pickle
 import random
 import shutil
@@ -83,18 +84,24 @@ def test_batches_are_their_samples_with_any_number_of_workers(opt, workers, cont
 class Stuck(Dataset):
     opt = {'name': 'stuck'}
 
+    def __init__(self):
+        self.reached = multiprocessing.get_context('fork').Semaphore(0)
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
+        self.reached.release()
         time.sleep(600)
 
 
 def test_a_worker_that_hangs_ends_with_the_others(monkeypatch):
     """On SIGTERM alone it would go on for minutes, and the run that has ended would wait for it."""
     monkeypatch.setattr(_utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)
-    loader = PatchLoader(Stuck(), StreamSampler(4, batch_size=2, seed=1), workers=2)
+    dataset = Stuck()
+    loader = PatchLoader(dataset, StreamSampler(4, batch_size=2, seed=1), workers=2)
     workers = iter(loader)._workers
+    assert all(dataset.reached.acquire(timeout=60) for _ in workers)
     loader.close()
     for worker in workers:
         worker.join(10)
