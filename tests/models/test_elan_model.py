@@ -62,6 +62,22 @@ def test_by_default_it_steps_as_srmodel_does(make):
     assert ours.get_current_log() == theirs.get_current_log()
 
 
+@pytest.mark.parametrize('use_checkpoint', [False, True])
+@pytest.mark.parametrize('processes', ['one', 'DistributedDataParallel'])
+def test_a_fused_optimizer_steps_as_one_that_is_not(make, monkeypatch, processes, use_checkpoint):
+    """On a CPU PyTorch's takes gradients by their place in memory: in another order than their parameter's they would
+    go to other weights, and nothing would say so."""
+    changes, seen = {'network_g.use_checkpoint': use_checkpoint, 'train.accumulate': 2}, []
+    with nullcontext() if processes == 'one' else one_process(monkeypatch) as group:
+        expected = weights(steps(make(changes, processes=group), 3))
+        ours = make({**changes, 'train.optim_g.fused': True}, processes=group)
+        ours.optimizer_g.register_step_pre_hook(lambda optimizer, *_: seen.extend(
+            parameter.grad.is_contiguous() for group in optimizer.param_groups for parameter in group['params']))
+        assert (weights(steps(ours, 3)) - expected).norm() < 1e-6 * expected.norm()
+        assert len(seen) == 3 * len(list(ours.net_g.parameters())) and all(seen)
+        del ours
+
+
 @pytest.mark.slow
 def test_ema_validates_as_well_as_the_network_where_srmodel_fails(make):
     """The averaged network needs BatchNorm's statistics too; upstream leaves them at their initial values."""

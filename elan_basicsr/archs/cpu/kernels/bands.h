@@ -89,8 +89,9 @@ private:
 template <class NeedsOf, class Run>
 INLINE void in_bands(const Map &size, const Split &split, long stages, NeedsOf needs, Run run) {
     Progress<NeedsOf> progress(size, split, stages, needs);
-#pragma omp parallel num_threads(split.threads)
-    for (Piece piece; progress.next(piece);) run(piece, omp_get_thread_num());
+    in_threads(split.threads, [&](long thread) {
+        for (Piece piece; progress.next(piece);) run(piece, thread);
+    });
 }
 
 }  // namespace NAMESPACE

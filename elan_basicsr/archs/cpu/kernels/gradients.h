@@ -108,13 +108,15 @@ INLINE float *cleared(float *sums, const Piece &piece, long numbers) {
 // totals[i] = the sum over slots of [slot][i]. Few are added sooner than threads have met.
 static void add_slots(const float *sums, float *totals, long slots, long numbers, long threads) {
     constexpr long some = 1024, few = 1 << 22;
-#pragma omp parallel for num_threads(threads) if (slots * numbers > few)
-    for (long first = 0; first < numbers; first += some) {
-        const long end = smaller(first + some, numbers);
-        memcpy(totals + first, sums + first, (end - first) * 4);
-        for (long slot = 1; slot < slots; slot++)
-            for (long i = first; i < end; i++) totals[i] += sums[slot * numbers + i];
-    }
+    std::atomic<long> next{0};
+    in_threads(slots * numbers > few ? threads : 1, [&](long) {
+        for (long first; (first = next.fetch_add(some)) < numbers;) {
+            const long end = smaller(first + some, numbers);
+            memcpy(totals + first, sums + first, (end - first) * 4);
+            for (long slot = 1; slot < slots; slot++)
+                for (long i = first; i < end; i++) totals[i] += sums[slot * numbers + i];
+        }
+    });
 }
 
 INLINE Lines lines_of(const float *map, const Map &size, long row) {

@@ -7,14 +7,19 @@
 // Weights are packed as [block of R outputs][input][R], filled up with zeros, and biases filled up as well.
 #include <omp.h>
 #include <pthread.h>
+#include <signal.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+#include "threads.h"
 
 // A module, as archs/cpu/inference.py writes it down: packed weights, and what its attention is.
 struct Module {
