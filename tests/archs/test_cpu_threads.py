@@ -14,13 +14,13 @@ from elan_basicsr.archs.cpu import library
 from ..conftest import with_checkout
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason='no kernels were compiled for this processor')
-SLOTS, NUMBERS = 8, 2**20  # more than one thread adds
+SLOTS, EDGE = 8, 1024  # of numbers that more than one thread adds
 
 
 def _add(threads: int, parts: torch.Tensor | None = None) -> torch.Tensor:
-    parts = torch.ones(SLOTS, NUMBERS) if parts is None else parts
-    total = torch.empty(NUMBERS)
-    library.call('elan_add_slots', parts, total, SLOTS, NUMBERS, threads)
+    parts = torch.ones(SLOTS, EDGE, EDGE) if parts is None else parts
+    total = torch.empty(EDGE, EDGE)
+    library.call('elan_add_slots', parts, total, SLOTS, EDGE, EDGE, EDGE, False, threads)
     return total
 
 
@@ -31,7 +31,7 @@ def test_any_number_of_them_does_all_of_the_work(threads):
 
 def test_they_sleep_between_calls():
     """OpenMP's turn in a loop for milliseconds, and use up the time of a core that another program waits for."""
-    spent, parts = [], torch.ones(SLOTS, NUMBERS)
+    spent, parts = [], torch.ones(SLOTS, EDGE, EDGE)
     time.sleep(0.5)  # PyTorch's are OpenMP's
     for _ in range(10):
         _add(2, parts)

@@ -73,12 +73,12 @@ def call(name: str, *arguments: Tensor | int | bool | None) -> None:
 
 def packed(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS)."""
-    rest = -len(weight) % OUTPUTS
-    if rest:
-        weight = F.pad(weight, (0, 0, 0, rest))
-        bias = F.pad(bias, (0, rest)) if bias is not None else None
-    return (weight.unflatten(0, (-1, OUTPUTS)).transpose(1, 2).contiguous(),
-            bias.contiguous() if bias is not None else None)
+    n, k = weight.shape
+    to = weight.new_empty(-(-n // OUTPUTS), k, OUTPUTS)
+    call('elan_pack_weights', weight, *weight.stride(), to, n, k)
+    if bias is not None:
+        bias = F.pad(bias, (0, -n % OUTPUTS)) if n % OUTPUTS else bias.contiguous()
+    return to, bias
 
 
 def windows_together(window: int) -> int:

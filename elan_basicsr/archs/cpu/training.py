@@ -76,11 +76,15 @@ class _Sums:
         self.parts = [x.new_empty(slots, *shape[:-1], -(-shape[-1] // lanes) * lanes if len(shape) > 1 else shape[0])
                       for shape in shapes]
 
-    def totals(self) -> list[Tensor]:
-        totals = [part.new_empty(part.shape[1:]) for part in self.parts]
-        for part, total in zip(self.parts, totals, strict=True):
-            call('elan_add_slots', part, total, len(part), total.numel(), torch.get_num_threads())
-        return [total[..., :shape[-1]] for total, shape in zip(totals, self.shapes, strict=True)]
+    def totals(self, transposed: bool = False) -> list[Tensor]:
+        totals = []
+        for part, shape in zip(self.parts, self.shapes, strict=True):
+            total = part.new_empty(shape[::-1] if transposed else shape)
+            rows = shape[0] if len(shape) > 1 else 1
+            call('elan_add_slots', part, total, len(part), rows, shape[-1], part.shape[-1], transposed,
+                 torch.get_num_threads())
+            totals.append(total)
+        return totals
 
 
 class _Features(torch.autograd.Function):
@@ -114,8 +118,8 @@ class _Features(torch.autograd.Function):
         call('elan_features_back', x, hidden, grad, of_far, of_near, of_x, *_size(x), wide,
              packed(weight0.flatten(1).t())[0], packed(weight1.flatten(1).t())[0], *sums0.parts, *sums1.parts,
              *_room(x, ROWS * (wide + 2 * c + LINE) * x.shape[3]))
-        (of_weight0, of_bias0), (of_weight1, of_bias1) = sums0.totals(), sums1.totals()
-        return of_x, of_weight0.reshape(weight0.shape), of_bias0, of_weight1.t().reshape(weight1.shape), of_bias1
+        (of_weight0, of_bias0), (of_weight1, of_bias1) = sums0.totals(), sums1.totals(transposed=True)
+        return of_x, of_weight0.reshape(weight0.shape), of_bias0, of_weight1.reshape(weight1.shape), of_bias1
 
 
 class _Shared:

@@ -105,17 +105,24 @@ INLINE float *cleared(float *sums, const Piece &piece, long numbers) {
     return (float *)memset(sums + piece.slot * numbers, 0, numbers * 4);
 }
 
-// totals[i] = the sum over slots of [slot][i]. Few are added sooner than threads have met.
-static void add_slots(const float *sums, float *totals, long slots, long numbers, long threads) {
-    constexpr long some = 1024, few = 1 << 22;
-    std::atomic<long> next{0};
-    in_threads(slots * numbers > few ? threads : 1, [&](long) {
-        for (long first; (first = next.fetch_add(some)) < numbers;) {
-            const long end = smaller(first + some, numbers);
-            memcpy(totals + first, sums + first, (end - first) * 4);
-            for (long slot = 1; slot < slots; slot++)
-                for (long i = first; i < end; i++) totals[i] += sums[slot * numbers + i];
-        }
+// totals[i][j] = the sum over slots of [slot][i][j], or totals[j][i]; rows of `columns` numbers lie `line` apart in slots.
+// Few are added sooner than threads have met.
+static void add_slots(const float *sums, float *totals, long slots, long rows, long columns, long line, bool transposed,
+                      long threads) {
+    constexpr long some = 512, few = 1 << 22;
+    long next = 0;
+    in_threads(slots * rows * line > few ? threads : 1, [&](long) {
+        for (long i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < rows;)
+            for (long first = 0; first < columns; first += some) {
+                const long number = smaller(some, columns - first);
+                const float *from = sums + i * line + first;
+                float sum[some];
+                memcpy(sum, from, number * 4);
+                for (long slot = 1; slot < slots; slot++)
+                    for (long j = 0; j < number; j++) sum[j] += from[slot * rows * line + j];
+                for (long j = 0; j < number; j++)
+                    totals[transposed ? (first + j) * rows + i : i * columns + first + j] = sum[j];
+            }
     });
 }
 

@@ -9,7 +9,6 @@
 #include <pthread.h>
 #include <signal.h>
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -122,8 +121,13 @@ void elan_features_forward(const float *x, float *hidden, float *out, long b, lo
            {scratch, each}, {rows, pieces, threads});
 }
 
-void elan_add_slots(const float *sums, float *totals, long slots, long numbers, long threads) {
-    CHOOSE(add_slots, sums, totals, slots, numbers, threads);
+void elan_pack_weights(const float *weights, long row, long column, float *to, long n, long k) {
+    CHOOSE(pack_weights, weights, row, column, to, n, k);
+}
+
+void elan_add_slots(const float *sums, float *totals, long slots, long rows, long columns, long line, long transposed,
+                    long threads) {
+    CHOOSE(add_slots, sums, totals, slots, rows, columns, line, transposed != 0, threads);
 }
 
 void elan_features_back(const float *x, const float *hidden, const float *grad, float *of_far, float *of_near,

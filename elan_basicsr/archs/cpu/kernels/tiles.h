@@ -52,6 +52,13 @@ INLINE void accumulate(const float *x, long stride, const float *weights, long s
     }
 }
 
+// Weights (n, k) of which rows and columns are so many numbers apart, packed for `tile`.
+static void pack_weights(const float *weights, long row, long column, float *to, long n, long k) {
+    for (long first = 0; first < n; first += R)
+        for (long j = 0; j < k; j++)
+            for (long i = first; i < first + R; i++) *to++ = i < n ? weights[i * row + j * column] : 0;
+}
+
 enum Into { WRITE, RELU, ADD };
 
 // out = weights x + bias for U vectors of pixels: x is (k, ...), out (n, ...).
