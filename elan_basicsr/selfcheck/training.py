@@ -99,7 +99,8 @@ def write_options(machine: Machine) -> Path:
         'network_g': {'type': 'ELAN', 'upscale': SCALE, 'num_feat': 30, 'num_block': 4, 'num_share': 1},
         'path': {},
         'train': {
-            'optim_g': {'type': 'Adam', 'lr': 1e-3}, 'scheduler': {'type': 'MultiStepLR', 'milestones': [15]},
+            'optim_g': {'type': 'Adam', 'lr': 1e-3, 'fused': True},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [15]},
             'total_iter': STEPS, 'ema_decay': 0.9, 'accumulate': 2, 'grad_clip': 1., 'pixel_opt': {'type': 'L1Loss'},
         },
         'val': {'val_freq': STEPS, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': SCALE}}},

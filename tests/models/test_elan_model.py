@@ -294,6 +294,7 @@ GPU = {'num_gpu': 1}
 @pytest.mark.gpu
 @pytest.mark.parametrize('changes', [
     {}, {'train.amp': 'bf16'}, {'train.amp': 'fp16'}, {'train.accumulate': 2}, {'train.grad_clip': 1e-2},
+    {'train.optim_g.fused': True}, {'train.optim_g.fused': True, 'train.amp': 'fp16', 'train.grad_clip': 1.},
     {'network_g.use_checkpoint': True}, {'compile': True}, {'compile': True, 'network_g.use_checkpoint': True},
     {'compile': True, 'network_g.use_checkpoint': True, 'train.accumulate': 2, 'train.amp': 'bf16'}])
 def test_a_gpu_trains_as_the_cpu_does(make, changes, monkeypatch):

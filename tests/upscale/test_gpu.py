@@ -96,15 +96,19 @@ def test_bfloat16_is_near_float32():
 
 
 def test_a_device_that_is_lost_is_told_from_a_fault_of_the_file():
-    """An index out of bounds ends every later use of the device, so it happens in a process of its own."""
+    """A failed assertion on the device ends every later use of it, so it happens in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         assert pool.submit(_lose_the_device).result() == 'RunLost'
 
 
 def _lose_the_device() -> str:
     broken = on_gpu()
-    broken.network.net = lambda x: F.interpolate(x, scale_factor=2).index_select(
-        1, torch.full((3,), 2**40, device=x.device))
+
+    def net(x):
+        torch._assert_async(torch.zeros(1, dtype=torch.bool, device=x.device))  # as torch.compile does
+        return F.interpolate(x, scale_factor=2)
+
+    broken.network.net = net
     try:
         broken.pixels(random_pixels(20, 20), np.uint8)
     except Exception as error:
