@@ -1,4 +1,4 @@
-"""The blocks of ELAN on a CPU in float32, by kernels compiled for it: the function of `elan_arch`, only faster."""
+"""The blocks of ELAN on a CPU, by kernels compiled for it: the function of `elan_arch`, only faster."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ def stand_in(body: nn.ModuleList, x: Tensor, window_sizes: Sequence[int], plain_
     Returns:
         `inference`, `training`, or None where only the modules will do: where there are no kernels, for anything but
         float32 and windows of 4, 8, ..., and wherever modules were changed or somebody watches them. Under autocast
-        kernels go on in float32: they take half the time of products in bfloat16, and round nothing.
+        `training` goes on in float32, in half the time of the modules' products in bfloat16, and `inference` too where
+        the processor does not multiply in bfloat16.
     """
     if (not are_as_made(body, x, plain_types) or x.device.type != 'cpu' or any(w % 4 for w in window_sizes)
             or library.library() is None):

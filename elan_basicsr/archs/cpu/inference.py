@@ -1,7 +1,10 @@
-"""The body of ELAN for inference on a CPU in float32, on compiled kernels (`kernels/body.h`).
+"""The body of ELAN for inference on a CPU, on compiled kernels (`kernels/body.h`).
 
 Maps are (H, C, pitch): a row of the image is a block of lines, one for each channel, so that a shift is another address
 and a 1x1 convolution multiplies runs of pixels by single weights.
+
+Under autocast to bfloat16, where the processor multiplies it, local features, values, the weighted sums of attention and
+the projection behind it take their factors in bfloat16. Sums, queries, logits, softmax and all maps are float32.
 
 BatchNorm is folded into the projection at every call. A cached fold would have to notice changed weights, and updates
 through `.data`, as the toolbox's moving average makes them, leave no trace in a tensor's version.
@@ -14,23 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, packed, split, windows_together
+from elan_basicsr.archs.cpu.library import LINE, PIXELS, addresses, call, has_bf16, packed, split, windows_together
 
+CHANNELS_IN_PAIRS = 10  # or a multiple: the two of a pair are shifted alike, in one of five groups
 NUMBERS_AT_ONCE = 2**24  # of maps that a call computes, which cannot be interrupted; a module at least
 
 
 def run_body(body: Iterable[Any], x: Tensor, window_sizes: Sequence[int]) -> Tensor:
     """Run all blocks on a padded map. (B, C, H, W) -> the same, a new tensor."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    bf16 = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16 and has_bf16()
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
         for image, result in zip(x, out, strict=True):
-            result.copy_(_Runner(body, image, window_sizes).run())
+            result.copy_(_Runner(body, image, window_sizes, bf16).run())
     return out
-
-
-def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """A 1x1 convolution as the kernels read it."""
-    return packed(conv.weight.flatten(1), conv.bias)
 
 
 def line_length(width: int) -> int:
@@ -52,7 +52,7 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 class _Runner:
     """Two maps that change places, the queries that modules share, and room for the kernels."""
 
-    def __init__(self, body: Iterable[Any], image: Tensor, window_sizes: Sequence[int]):
+    def __init__(self, body: Iterable[Any], image: Tensor, window_sizes: Sequence[int], bf16: bool):
         self.modules = [pair for block in body for pair in zip(block.lfe, block.gmsa, strict=True)]
         self.shared = any(len(block.gmsa) > 1 for block in body)
         self.window_sizes = window_sizes
@@ -62,9 +62,10 @@ class _Runner:
         self.x, self.other = image.new_zeros(2, self.h, self.c, self.pitch)
         self.x[..., :self.w] = image.transpose(0, 1)
         self.hidden = self.modules[0][0].conv0.out_channels
+        self.bf16 = bf16 and self.c % CHANNELS_IN_PAIRS == self.hidden % CHANNELS_IN_PAIRS == 0
         tokens = max(windows_together(w) * w**2 for w in window_sizes)
         self.room = max(self.hidden * (3 * self.pitch + PIXELS),
-                        (self.c + 3 * self.width) * tokens + max(window_sizes)**2 * 2 * LINE)
+                        (self.c + 3 * self.width + self.c // 2) * tokens + max(window_sizes)**2 * 2 * LINE)
         self.split = split(self.h, window_sizes=window_sizes)
         *_, threads = self.split
         self.scratch = image.new_empty(threads * self.room)
@@ -81,8 +82,8 @@ class _Runner:
         at_once = max(NUMBERS_AT_ONCE // self.x.numel(), 1)
         for first in range(0, len(self.modules), at_once):
             count = min(at_once, len(self.modules) - first)
-            call('elan_body', self.x, self.other, *common, table[first:], groups[first:], count, self.scratch,
-                 self.room, *self.split)
+            call('elan_body', self.x, self.other, *common, table[first:], groups[first:], count, self.bf16,
+                 self.scratch, self.room, *self.split)
             if count % 2:
                 self.x, self.other = self.other, self.x
         return self.x[..., :self.w].transpose(0, 1)
@@ -95,6 +96,11 @@ class _Runner:
     def _weights(self, lfe: Any, gmsa: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Of the convolutions of local features and out of attention, and of the projection into each group."""
         count = len(self.window_sizes)
-        parts = zip(*(part.chunk(count) for part in folded(gmsa.project_in, gmsa.norm)), strict=True)
-        return ([each for conv in (lfe.conv0, lfe.conv1, gmsa.project_out) for each in packed_conv(conv)],
-                [each for part in parts for each in packed(*part)])
+        convolutions = [part for conv in (lfe.conv0, lfe.conv1, gmsa.project_out)
+                        for part in packed(conv.weight.flatten(1), conv.bias, self.bf16)]
+        projections: list[Tensor | None] = []
+        for weight, bias in zip(*(part.chunk(count) for part in folded(gmsa.project_in, gmsa.norm)), strict=True):
+            queries = len(weight) - self.width
+            projections += packed(weight[:queries], bias[:queries]) if queries else (None, None)
+            projections += packed(weight[queries:], bias[queries:], self.bf16)
+        return convolutions, projections

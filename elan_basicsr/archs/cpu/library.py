@@ -71,11 +71,20 @@ def call(name: str, *arguments: Tensor | int | bool | None) -> None:
                                if a is None or isinstance(a, Tensor) else ctypes.c_long(a) for a in arguments))
 
 
-def packed(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS)."""
+def has_bf16() -> bool:
+    """Whether kernels multiply in bfloat16 on this processor."""
+    found = library()
+    return bool(found and found.elan_has_bf16())
+
+
+def packed(weight: Tensor, bias: Tensor | None = None, bf16: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS).
+
+    With `bf16` the weights are rounded to bfloat16, and those of two inputs share 32 bits: (blocks, C / 2, OUTPUTS).
+    """
     n, k = weight.shape
-    to = weight.new_empty(-(-n // OUTPUTS), k, OUTPUTS)
-    call('elan_pack_weights', weight, *weight.stride(), to, n, k)
+    to = weight.new_empty(-(-n // OUTPUTS), k // 2 if bf16 else k, OUTPUTS)
+    call('elan_pack_weights', weight, *weight.stride(), to, n, k, bf16)
     if bias is not None:
         bias = F.pad(bias, (0, -n % OUTPUTS)) if n % OUTPUTS else bias.contiguous()
     return to, bias

@@ -2,14 +2,14 @@
 namespace NAMESPACE {
 
 // The modules, and what all of them have in common. For each group of channels: the edge of its windows, memory for
-// shared queries or null, and for each module weights and bias of its queries and values, or of values alone.
+// shared queries or null, and for each module its projection.
 struct Body {
     Map size;
     long hidden, groups;
     const int64_t *edges;
     float *const *queries;
     const Module *modules;
-    const float *const *projections;
+    const Projection *projections;
     long count;
 };
 
@@ -35,14 +35,13 @@ static void run_piece(const Body &body, const Piece &piece, long pieces, float *
                         module.weights1, module.bias1, scratch);
     if (piece.stage % STAGES == PROJECTION)
         return product_of_rows<ADD>(in + piece.begin * size.row(), size, piece.end - piece.begin, module.out_weights,
-                                    module.out_bias, size.c, out + piece.begin * size.row());
+                                    module.out_bias, size.c, out + piece.begin * size.row(), scratch);
     const long d = size.c / body.groups;
     for (long g = 0; g < body.groups; g++) {
         const Windows windows = {size, body.edges[g], module.shifted ? body.edges[g] / 2 : 0};
-        const float *const *weights = body.projections + 2 * (piece.stage / STAGES * body.groups + g);
+        const Projection &projection = body.projections[piece.stage / STAGES * body.groups + g];
         windows.each(piece, pieces, [&](long task) {
-            attend(out, in + g * d * size.pitch, body.queries[g], module.shares, windows, task, d, weights[0],
-                   weights[1], scratch);
+            attend(out, in + g * d * size.pitch, body.queries[g], module.shares, windows, task, d, projection, scratch);
         });
     }
 }

@@ -15,8 +15,13 @@
 #include <new>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL32 _Pragma("GCC unroll 32")
 
 #include "threads.h"
 
@@ -24,6 +29,12 @@
 struct Module {
     const float *weights0, *bias0, *weights1, *bias1, *out_weights, *out_bias;
     int64_t shares, shifted;
+};
+
+// Weights and bias of a module's projection to the queries and to the values of a group of channels; the values' alone
+// where queries are shared.
+struct Projection {
+    const float *query_weights, *query_bias, *value_weights, *value_bias;
 };
 
 // What the modules of a block that share their attention leave for the first one, which comes last: gradients of
@@ -48,6 +59,21 @@ struct Shared {
 #pragma GCC pop_options
 #undef NAMESPACE
 #undef LANES
+
+#define NAMESPACE avx512_bf16  // inference alone: in training the weights' updates are smaller than bfloat16's last bit
+#define LANES 16
+#define BF16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#include "tiles.h"
+#include "bands.h"
+#include "attention.h"
+#include "features.h"
+#include "body.h"
+#pragma GCC pop_options
+#undef NAMESPACE
+#undef LANES
+#undef BF16
 
 #define NAMESPACE avx2
 #define LANES 8
@@ -77,7 +103,11 @@ int width() {
     return found;
 }
 
+bool has_bf16() { return width() == 16 && __builtin_cpu_supports("avx512bf16"); }
+
 }  // namespace
+
+#define CHOOSE_BF16(bf16, name, ...) (bf16 ? avx512_bf16::name(__VA_ARGS__) : CHOOSE(name, __VA_ARGS__))
 
 #else  // aarch64, of which every processor has NEON
 
@@ -94,7 +124,10 @@ int width() {
 
 namespace {
 constexpr int width() { return LANES; }
+constexpr bool has_bf16() { return false; }
 }  // namespace
+
+#define CHOOSE_BF16(bf16, name, ...) CHOOSE(name, __VA_ARGS__)
 
 #endif
 
@@ -104,13 +137,16 @@ extern "C" {
 // else here may be called.
 long elan_lanes() { return width(); }
 
+// Whether the processor multiplies pairs of bfloat16, which a call that says `bf16` takes.
+long elan_has_bf16() { return has_bf16(); }
+
 // What these kernels were compiled from, as setup.py and library.py sum it up.
 const char *elan_sources() { return SOURCES; }
 
 void elan_body(float *x, float *other, long h, long w, long pitch, long c, long hidden, long groups,
-               const int64_t *edges, float *const *queries, const Module *modules, const float *const *projections,
-               long count, float *scratch, long each, long rows, long pieces, long threads) {
-    CHOOSE(run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other,
+               const int64_t *edges, float *const *queries, const Module *modules, const Projection *projections,
+               long count, long bf16, float *scratch, long each, long rows, long pieces, long threads) {
+    CHOOSE_BF16(bf16, run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other,
            {rows, pieces, threads}, scratch, each);
 }
 
@@ -121,8 +157,8 @@ void elan_features_forward(const float *x, float *hidden, float *out, long b, lo
            {scratch, each}, {rows, pieces, threads});
 }
 
-void elan_pack_weights(const float *weights, long row, long column, float *to, long n, long k) {
-    CHOOSE(pack_weights, weights, row, column, to, n, k);
+void elan_pack_weights(const float *weights, long row, long column, float *to, long n, long k, long bf16) {
+    CHOOSE_BF16(bf16, pack_weights, weights, row, column, to, n, k);
 }
 
 void elan_add_slots(const float *sums, float *totals, long slots, long rows, long columns, long line, long transposed,
