@@ -34,7 +34,7 @@ LAYOUTS = (('_raw.lmdb', 'a raw LMDB', 'PairedRawLmdbDataset'),
 REAL_ESRGAN_CROP = 400  # RealESRGANDataset's own constant
 PAIRED = ('PairedImageDataset', 'PairedRawLmdbDataset')
 OURS = ('train.amp', 'train.accumulate', 'train.grad_clip', 'val.tile', 'val.tile_overlap', 'val.self_ensemble',
-        'val.save_best', 'logger.keep_last', 'compile', 'sync_bn')
+        'val.save_best', 'logger.keep_last', 'compile', 'cuda_graphs', 'sync_bn')
 """What ELANModel adds; a model of the toolbox itself would pass over it in silence."""
 
 
@@ -170,6 +170,16 @@ def _check_compile(opt: dict, source: Source) -> None:
                            f'{torch.__version__} BatchNorm would count every batch twice; leave out one of them')
 
 
+def _check_cuda_graphs(opt: dict, source: Source) -> None:
+    for key, value in (('compile', opt.get('compile')), ('sync_bn', opt.get('sync_bn')),
+                       ('network_g.use_checkpoint', opt['network_g'].get('use_checkpoint'))):
+        if value:
+            raise source.error('cuda_graphs', f'cannot be combined with {key}; leave out one of them')
+    if opt['datasets']['train'].get('gt_size') is None:
+        raise source.error('cuda_graphs', 'needs datasets.train.gt_size, since all batches must have one size; give '
+                                          'it, or leave the key out')
+
+
 def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
     train, name = opt['train'], opt['model_type']
     adversarial = issubclass(model, (SRGANModel, StyleGAN2Model))
@@ -180,6 +190,8 @@ def _check_training(opt: dict, model: type[BaseModel], source: Source) -> None:
         _check_patches_of_real_esrgan(opt, source)
     if opt.get('compile'):
         _check_compile(opt, source)
+    if opt.get('cuda_graphs'):
+        _check_cuda_graphs(opt, source)
     losses = [key for key, value in train.items() if key.endswith('_opt') and value]
     for key in losses:
         try_loss(train[key], ('train', key), source)

@@ -96,6 +96,7 @@ KEYS: dict[str, tuple] = {
     'manual_seed': (SEED, 'Seed of weights, samples and augmentations.'),
     'find_unused_parameters': (SWITCH, 'On several processes: look for weights that an iteration did not use.', False),
     'compile': (SWITCH, '`torch.compile` for training: slower to start, faster to run.', False),
+    'cuda_graphs': (SWITCH, 'Replay training passes as CUDA graphs: for small batches; no effect on a CPU.', False),
     'sync_bn': (SWITCH, 'BatchNorm statistics over all processes, on GPUs and CPUs.', False),
     'deterministic': (SWITCH, 'Ask torch for kernels that repeat themselves, for some speed.', False),
 

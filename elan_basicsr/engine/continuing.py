@@ -23,8 +23,9 @@ from elan_basicsr.config.schema import KEYS
 from elan_basicsr.errors import UserError
 from elan_basicsr.models.state_checks import check_training_state
 
-_BESIDE = ('name', 'path', 'logger', 'dist_params', 'num_gpu', 'compile', 'find_unused_parameters', 'deterministic',
-           'is_train', 'auto_resume', 'root_path', 'notices', 'dist', 'rank', 'world_size', 'seed_is_drawn')
+_BESIDE = ('name', 'path', 'logger', 'dist_params', 'num_gpu', 'compile', 'cuda_graphs', 'find_unused_parameters',
+           'deterministic', 'is_train', 'auto_resume', 'root_path', 'notices', 'dist', 'rank', 'world_size',
+           'seed_is_drawn')
 """What a training's course does not depend on: it holds from one start to the next, without a word."""
 _LOADING = ('name', 'phase', 'scale', 'io_backend', 'num_worker_per_gpu', 'batch_size_per_gpu', 'prefetch_mode',
             'pin_memory', 'persistent_workers', 'num_prefetch_queue', 'use_shuffle')

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from elan_basicsr import inference
 from elan_basicsr.checkpoint import load_into
 from elan_basicsr.errors import UserError
+from elan_basicsr.models import cuda_graphs
 from elan_basicsr.models.saving import WholeFiles
 from elan_basicsr.models.sync_bn import synchronise
 from elan_basicsr.models.validation import validate
@@ -50,6 +51,7 @@ class ELANModel(WholeFiles, SRModel):
     - `train.grad_clip`: largest L2 norm of the gradient.
     - `train.optim_g.type`: any optimizer of `torch.optim`; `train.scheduler.type`: any of `torch.optim.lr_scheduler`.
     - `compile`: run the network through `torch.compile`.
+    - `cuda_graphs`: replay the network's passes as CUDA graphs (a GPU only).
     - `sync_bn`: BatchNorm statistics over all processes.
     - `val.tile`, `val.tile_overlap`: LR pixels; restore large images in tiles.
     - `val.self_ensemble`: average over the eight flips and rotations.
@@ -70,10 +72,23 @@ class ELANModel(WholeFiles, SRModel):
     def model_to_device(self, net: nn.Module) -> nn.Module:
         if self.opt.get('sync_bn') and self.opt['dist'] and self.is_train:
             net = synchronise(net, self.device)
+        if self.opt.get('cuda_graphs') and self.is_train and self.device.type == 'cuda' and net is self.net_g:
+            self._record_graphs(net.to(self.device))
         net = super().model_to_device(net)
         if self.opt.get('compile') and self.is_train:
             net.compile()
         return net
+
+    def _record_graphs(self, net: nn.Module) -> None:
+        """Record the passes over a part of a batch, while no other thread works with the GPU."""
+        train, parts = self.opt['train'], self.opt['train'].get('accumulate', 1)
+        batch, edge = self.opt['datasets']['train']['batch_size_per_gpu'], self._lq_edge()
+        shape = batch // parts, self.opt['network_g'].get('num_in_ch', 3), edge, edge
+        cuda_graphs.record(net, shape, AMP_DTYPES.get(train.get('amp')), accumulates=parts > 1)
+
+    def _lq_edge(self) -> int:
+        """Edge in pixels of the LR patches that are trained on."""
+        return self.opt['datasets']['train']['gt_size'] // self.opt.get('scale', 1)
 
     def load_network(self, net, load_path, strict=True, param_key='params'):
         """Load a checkpoint of any form that `elan_basicsr.checkpoint` reads."""

@@ -31,6 +31,10 @@ class _Degradations(ELANModel):
         self.usm_sharpener = USMSharp().to(self.device)
         self.queue_size = opt.get('queue_size', 180)
 
+    def _lq_edge(self) -> int:
+        degrades = self.opt.get('high_order_degradation', True)
+        return self.opt['gt_size'] // self.opt['scale'] if degrades else super()._lq_edge()
+
     def feed_data(self, data):
         super().feed_data(data)
         wanted = (self.opt.get('logger') or {}).get('save_degraded')

@@ -21,6 +21,7 @@ from elan_basicsr.data.resize import imresize
 from elan_basicsr.errors import RunLost, UserError
 from elan_basicsr.interop.networks import Network
 from elan_basicsr.interop.onnx import OnnxNetwork
+from elan_basicsr.upscale.replay import Replayed
 
 OVERLAP = 16
 """Input pixels that a tile sees beyond its edges; 32 or 48 bring tiles no nearer to the whole image."""
@@ -58,6 +59,7 @@ class Enlarger:
         if isinstance(network.net, OnnxNetwork) and dtype != 'float32':
             raise UserError(f'--dtype {dtype}: an ONNX file has the precision it was exported with; leave it out')
         self.network, self.device, self.dtype = network, device, DTYPES[dtype]
+        self.replayed = Replayed(network.net) if device.type == 'cuda' and isinstance(network.net, ELAN) else None
         self.grey = network.channels == (1, 1)
         self.self_ensemble = self_ensemble
         if scale is not None and not LEAST_SCALE <= scale <= network.scale:  # false for NaN, too
@@ -185,7 +187,9 @@ class Enlarger:
         x = torch.from_numpy(pixels.copy()).to(self.device).permute(2, 0, 1).contiguous()
         x = x.float() / np.iinfo(pixels.dtype).max
         x = x[:, None] if self.grey else x.expand(3, -1, -1)[None].contiguous()
-        net = self.network.net
+        net: Callable[[Tensor], Tensor] = self.network.net
+        if self.replayed is not None and net is self.replayed.net:
+            net = self.replayed
         y = inference.average_of_turns(net, x) if self.self_ensemble else net(x)
         return y[:, 0] if self.grey else y[0]
 

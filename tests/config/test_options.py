@@ -349,6 +349,10 @@ WRONG = [
     ('scale: 2\n', '', 'scale', 'is missing, expected 2'),
     ('num_gpu: auto', 'num_gpu: -1', 'num_gpu', 'is -1, expected auto or an integer from 0'),
     ('manual_seed: 0', 'manual_seed: zero', 'manual_seed', "is 'zero', expected an integer"),
+    ('manual_seed: 0', 'sync_bn: true\ncuda_graphs: true', 'cuda_graphs',
+     'cannot be combined with sync_bn; leave out one of them'),
+    ('num_share: 1', 'num_share: 1\n  use_checkpoint: true\ncuda_graphs: true', 'cuda_graphs',
+     'cannot be combined with network_g.use_checkpoint; leave out one of them'),
     ('manual_seed: 0', 'compile: yes please', 'compile', 'expected true or false'),
     ('  train:\n', '  trian:\n', 'datasets', 'train is missing'),
     ('type: PairedImageDataset', 'type: PairedImagesDataset', 'datasets.train.type', 'did you mean PairedImageDataset'),
@@ -483,6 +487,12 @@ def test_a_wrong_file_is_one_line_and_exit_code_2(old, new, key, said, capsys):
     assert not Path('run_by_yaml').exists() and not Path('experiments').exists()
 
 
+@compiler
+def test_graphs_of_what_is_compiled_are_refused():
+    with pytest.raises(UserError, match='cuda_graphs: cannot be combined with compile; leave out one of them'):
+        load_options(write(TRAIN), is_train=True, overrides=['cuda_graphs=true', 'compile=true'])
+
+
 def test_tensorboard_that_is_not_installed_is_told_before_the_run(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'tensorboard' else
@@ -541,6 +551,8 @@ def test_models_of_the_toolbox_do_not_take_what_they_would_pass_over():
     text = TRAIN.replace('ELANModel', 'SRModel')
     with pytest.raises(UserError, match='train.amp: SRModel does not know it'):
         load_options(write(text), is_train=True, overrides=['train.amp=bf16'])
+    with pytest.raises(UserError, match='cuda_graphs: SRModel does not know it'):
+        load_options(write(text), is_train=True, overrides=['cuda_graphs=true'])
     with pytest.raises(UserError, match='train.scheduler.type: SRModel of BasicSR 1.4.2 does not know StepLR; use'):
         load_options(write(text), is_train=True, overrides=['train.scheduler={type: StepLR, step_size: 9}'])
     with pytest.raises(UserError, match='train.optim_g.type: SRModel of BasicSR 1.4.2 trains with Adam only'):

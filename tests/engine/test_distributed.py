@@ -244,11 +244,12 @@ def torchrun(size: int, *arguments: str) -> list[subprocess.Popen]:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize('size, backend', [('one', 'nccl'), ('one', 'gloo'), ('all', 'nccl')])
-def test_gpus_train_and_measure_under_torchrun(options, size, backend):
+@pytest.mark.parametrize('size, backend, graphs', [
+    ('one', 'nccl', False), ('one', 'gloo', False), ('all', 'nccl', False), ('one', 'nccl', True)])
+def test_gpus_train_and_measure_under_torchrun(options, size, backend, graphs):
     """A GPU for each process trains by NCCL or gloo, and the trained network's figures are those of one process."""
     processes = torch.cuda.device_count() if size == 'all' else 1
-    options.update(num_gpu='auto', dist_params={'backend': backend})
+    options.update(num_gpu='auto', dist_params={'backend': backend}, cuda_graphs=graphs)
     assert finish(torchrun(processes, 'train', '-opt', write(options)), 300) == [0], Path('output.0').read_text()
     assert Path('output.0').read_text().count(f"{backend} on {{'cuda'}}: 2 made, left: []") == processes
     options['path']['pretrain_network_g'] = 'experiments/run/models/net_g_8.pth'

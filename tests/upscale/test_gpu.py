@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from elan_basicsr.interop.networks import load_network
 from elan_basicsr.upscale.enlarge import Enlarger
+from elan_basicsr.upscale.replay import KEPT, Replayed
 from tests.upscale.conftest import WEIGHTS
 from tests.upscale.test_run import enlarger, random_pixels
 
@@ -45,6 +46,66 @@ def test_equal_images_and_equal_frames_give_equal_bytes():
     one.pixels(random_pixels(700, 900), np.uint8)
     results.append(one.pixels(frame, np.uint8))
     assert all((result == results[0]).all() for result in results)
+
+
+@pytest.mark.parametrize('kernels', ['', '0'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('self_ensemble', [False, True])
+@pytest.mark.parametrize('sizes', [[(90, 160)] * 5, [(90, 160), (70, 50)] * 3])
+def test_graphs_give_the_bytes_of_the_network(sizes, self_ensemble, dtype, kernels, monkeypatch):
+    """Frames of one size, and of two in turn; later ones come after others have been freed and recorded."""
+    monkeypatch.setenv('ELAN_KERNELS', kernels)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    graphed, plain = (on_gpu(self_ensemble=self_ensemble, dtype=dtype) for _ in range(2))
+    plain.replayed = None
+    for seed, (height, width) in enumerate(sizes):
+        frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        assert (graphed.pixels(frame, np.uint16) == plain.pixels(frame, np.uint16)).all(), seed
+    assert len(graphed.replayed.recordings) == min(len(set(sizes)) * (1 + self_ensemble), KEPT)
+
+
+def test_large_pieces_make_no_graph():
+    one, image = on_gpu(tile=0), random_pixels(513, 512)
+    assert all((one.pixels(image, np.uint8) == one.pixels(image, np.uint8)).all() for _ in range(2))
+    assert one.replayed.records and not one.replayed.recordings
+
+
+def test_graphs_leave_their_memory_to_a_piece_that_needs_it():
+    """An image that passed by itself passes whole behind small ones."""
+    one, small, large = on_gpu(tile=0), random_pixels(500, 500), random_pixels(800, 800)
+    for _ in range(3):
+        expected = one.pixels(small, np.uint8)
+    assert one.replayed.recordings
+    one.replayed.net.register_forward_pre_hook(lambda net, inputs: _fail_with(one.replayed.recordings))
+    one.pixels(large, np.uint8)
+    assert one.too_many_pixels == float('inf') and not one.replayed.recordings
+    assert (one.pixels(small, np.uint8) == expected).all()
+
+
+def _fail_with(recordings):
+    if recordings:
+        raise torch.OutOfMemoryError('out of memory')
+
+
+def test_a_recording_that_fails_leaves_the_result_right():
+    """In a process of its own, as it may leave traces."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        assert pool.submit(_record_what_waits).result() == (4, True, False, torch.cuda.default_stream().stream_id)
+
+
+class Waiting(torch.nn.Module):
+    """A network that asks for a number that the GPU has yet to compute."""
+
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=2) * float(x.sum())
+
+
+def _record_what_waits() -> tuple:
+    replayed = Replayed(Waiting())
+    with torch.inference_mode():
+        xs = [torch.full((1, 3, 8, 8), float(value), device=GPU) for value in range(4)]
+        right = sum(torch.equal(replayed(x), replayed.net(x)) for x in xs)
+    return right, not replayed.recordings, replayed.records, torch.cuda.current_stream().stream_id
 
 
 def test_what_torch_keeps_in_reserve_counts_as_free():
