@@ -24,9 +24,8 @@ from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.checkpoint import load_elan
 from elan_basicsr.data.images import read_bgr
 
-from basicsr.metrics import calculate_psnr
-
 from .steps import step, weights_like
+from basicsr.metrics import calculate_psnr
 
 compiled = pytest.mark.skipif(library.library() is None, reason='no kernels were compiled for this processor')
 # float32 against float64: of the range of an image, and of the norm of a gradient.

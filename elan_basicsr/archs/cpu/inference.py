@@ -3,8 +3,8 @@
 Maps are (H, C, pitch): a row of the image is a block of lines, one for each channel, so that a shift is another address
 and a 1x1 convolution multiplies runs of pixels by single weights.
 
-Under autocast to bfloat16, where the processor multiplies it, local features, values, the weighted sums of attention and
-the projection behind it take their factors in bfloat16. Sums, queries, logits, softmax and all maps are float32.
+Under autocast to bfloat16, where the processor multiplies it, local features, values, the weighted sums of attention
+and the projection behind it take their factors in bfloat16. Sums, queries, logits, softmax and all maps are float32.
 
 BatchNorm is folded into the projection at every call. A cached fold would have to notice changed weights, and updates
 through `.data`, as the toolbox's moving average makes them, leave no trace in a tensor's version.
