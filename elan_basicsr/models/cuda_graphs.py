@@ -32,6 +32,7 @@ def record(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None, ac
     gc.collect()  # graphs of an earlier network, which is part of a cycle, are not to be freed in between
     if dtype is not None:  # around the forward pass alone, as in training; casts that were cached would not be recorded
         net.forward = torch.autocast(x.device.type, dtype, cache_enabled=False)(eager)
+    _expect_another_stream()
     try:
         torch.cuda.make_graphed_callables(net.train(), (x,))
     except (RuntimeError, AssertionError) as error:
@@ -39,7 +40,6 @@ def record(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None, ac
         reason = str(first).strip().partition('\n')[0][:200]
         raise UserError(f'cuda_graphs: the passes of {type(net).__name__} cannot be recorded ({reason}); leave the key '
                         'out') from error
-    _expect_another_stream()
     for buffer, before in statistics:
         buffer.copy_(before)
     net.forward = _Forward(net, eager, net.forward, shape)

@@ -11,6 +11,7 @@ import torch
 from elan_basicsr.archs import gpu
 from elan_basicsr.archs.elan_arch import ELAN
 from elan_basicsr.config.checks import has_compiler
+from elan_basicsr.models import cuda_graphs
 from elan_basicsr.report.timing import inference_call, synchronise, time_interleaved, training_step
 from elan_basicsr.selfcheck.checks import Check, Machine, Outcome
 from elan_basicsr.selfcheck.network import SIZES, leave_to_modules
@@ -40,19 +41,21 @@ QUICK_WORK = (Work('ELAN-light', True, (1, 3, 64, 64)), Work('ELAN-light', False
 
 
 def checks(machine: Machine) -> Iterator[Check]:
-    """In float32, which is what option files get that say nothing else, in bf16, without kernels, and compiled."""
+    """In float32, as option files have it that say nothing else, in bf16, without kernels, by CUDA graphs, compiled."""
     for work in GPU_WORK if machine.on_gpu else QUICK_WORK if machine.quick else CPU_WORK:
         yield Check(work.name, 'float32', partial(measure, machine, work, torch.float32))
         yield Check(work.name, 'bf16', partial(measure, machine, work, torch.bfloat16))
         if machine.on_gpu and gpu.usable(machine.device):
             yield Check(work.name, 'modules', partial(measure, machine, work, torch.float32, modules=True))
+        if machine.on_gpu and work.training:
+            yield Check(work.name, 'CUDA graphs', partial(measure, machine, work, torch.float32, graphs=True))
         if machine.on_gpu and not machine.quick:
             yield Check(work.name, 'compiled', partial(measure, machine, work, torch.float32, compiled=True))
             yield Check(work.name, 'bf16, compiled', partial(measure, machine, work, torch.bfloat16, compiled=True))
 
 
-def measure(machine: Machine, work: Work, dtype: torch.dtype, modules: bool = False,
-            compiled: bool = False) -> Outcome:
+def measure(machine: Machine, work: Work, dtype: torch.dtype, modules: bool = False, compiled: bool = False,
+            graphs: bool = False) -> Outcome:
     """The median of RUNS runs, and the peak of what a GPU's memory held."""
     if time.monotonic() > machine.deadline:
         return Outcome(None, note='no time was left')
@@ -63,6 +66,8 @@ def measure(machine: Machine, work: Work, dtype: torch.dtype, modules: bool = Fa
         leave_to_modules(net)
     if compiled:  # the modules, too
         net.compile()
+    if graphs:
+        cuda_graphs.record(net, work.shape, None, accumulates=False)
     x = torch.rand(work.shape, device=machine.device)
     gt = torch.rand(*work.shape[:2], *(SCALE * edge for edge in work.shape[2:]), device=machine.device)
     call: Callable[[], object] = training_step(net, x, gt, dtype) if work.training else inference_call(net, x, dtype)
