@@ -103,7 +103,7 @@ def _exactly(net: ELAN, x: torch.Tensor, run):
 
 
 def _far_from_jumps(net: ELAN, *shape: int) -> torch.Tensor:
-    """An input for which no rounding decides what passes a ReLU: there gradients jump, by 0.0003 for one of millions."""
+    """An input for which no rounding decides what passes a ReLU: there gradients jump, for one number by 0.0003."""
     for seed in range(300):
         x = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         exact, nearest = copy.deepcopy(net).double().train(), []
@@ -137,7 +137,7 @@ def test_output_gradients_and_statistics(kernels, arguments, shape, use_checkpoi
 
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_repeats_itself_to_the_bit(kernels, monkeypatch):
-    """Nothing is added up in an order that threads settle among themselves; cuDNN does so unless told, in head and tail."""
+    """Nothing is added up in an order that threads settle among themselves. (cuDNN does so unless told.)"""
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     net, x = _network().train(), torch.rand(4, 3, 48, 48)
     once, again = _on_gpu(net, x, step), _on_gpu(net, x, step)
