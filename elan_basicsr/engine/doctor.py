@@ -7,7 +7,7 @@ import torch
 
 from elan_basicsr import compat
 from elan_basicsr.archs import gpu
-from elan_basicsr.archs.cpu.library import library
+from elan_basicsr.archs.cpu.library import has_bf16, library
 from elan_basicsr.bootstrap import OPENCV, version
 from elan_basicsr.interop import plugins
 
@@ -70,7 +70,7 @@ def _print_plugins() -> bool:
 def _kernels() -> str:
     kernels = library()
     if kernels:
-        return {4: 'NEON', 8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()]
+        return {4: 'NEON', 8: 'AVX2', 16: 'AVX-512'}[kernels.elan_lanes()] + (', bfloat16' if has_bf16() else '')
     return ('none, and ELAN runs more slowly: they need Linux, x86-64 with AVX2 or aarch64, and a C++ '
             'compiler when the package is installed')
 
