@@ -252,7 +252,8 @@ class _ByHalves(ELAN):
 @given(h=st.integers(1, 70), w=st.integers(1, 150), num_share=st.sampled_from([0, 1]), count=st.integers(1, 3),
        windows=st.sampled_from([(4, 8, 16), (8, 12), (16,), (4, 20)]), width=st.integers(1, 3))
 def test_in_bfloat16_an_image_is_what_rounded_factors_give(h, w, num_share, count, windows, width):
-    """But for numbers that lie between two of bfloat16, which a last bit of float32 sends to the other one."""
+    """But where a number lies half way between two of bfloat16, and a last bit of float32 sends it to the other one: few
+    pixels, which count in the norm and not in the median."""
     net = _network(num_block=2, num_feat=10 * width * len(windows), num_share=num_share, window_sizes=windows)
     x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(h * w))
     threads = torch.get_num_threads()
@@ -265,7 +266,8 @@ def test_in_bfloat16_an_image_is_what_rounded_factors_give(h, w, num_share, coun
     rounded = copy.deepcopy(net).double()
     rounded.__class__ = _ByHalves
     expected, exact = _evaluate(rounded, x.double()), _of_the_modules(net, x, _evaluate)
-    assert (ours - expected).norm() <= 0.1 * (exact - expected).norm()
+    off, rounding = (ours - expected).abs(), (exact - expected).abs()
+    assert off.median() <= 0.03 * rounding.median() and off.norm() <= 0.3 * rounding.norm()
 
 
 @bf16
@@ -307,10 +309,13 @@ def test_in_bfloat16_set5_is_what_it_is_in_float32(shared):
 
 
 @compiled
-def test_what_is_not_a_number_reaches_what_it_reaches_without_them():
+@pytest.mark.parametrize('autocast', [False, True])
+def test_what_is_not_a_number_reaches_what_it_reaches_without_them(autocast):
     net, x = _network(num_block=2), torch.rand(1, 3, 64, 64)
     x[0, 1, 20, 33], x[0, 0, 50, 5] = float('nan'), float('inf')
-    ours, exact = _evaluate(net, x), _evaluate(copy.deepcopy(net).double(), x.double())
+    exact = _evaluate(copy.deepcopy(net).double(), x.double())
+    with torch.autocast('cpu', torch.bfloat16, autocast):
+        ours = _evaluate(net, x)
     assert 0 < exact.isfinite().sum() < exact.numel()
     assert torch.equal(ours.isfinite(), exact.isfinite())
 

@@ -27,7 +27,7 @@ constexpr long TOGETHER = 2;            // inputs in 32 bits
 INLINE vec rounded(vec low, vec high) { return (vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
 // sum + x y of both factors of the pairs.
-INLINE vec add_products(vec sum, vec x, ivec y) {
+INLINE vec add_pairs(vec sum, vec x, ivec y) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
 #else
@@ -83,7 +83,7 @@ INLINE void accumulate(const float *x, long stride, const float *weights, long s
 #ifdef BF16
             if (F == PAIRS) {
                 const ivec pair = ivec{} + *(const loose_int *)(weights + i * inner);
-                UNROLL for (int u = 0; u < U; u++) sums[i][u] = add_products(sums[i][u], xs[u], pair);
+                UNROLL for (int u = 0; u < U; u++) sums[i][u] = add_pairs(sums[i][u], xs[u], pair);
                 continue;
             }
 #endif
