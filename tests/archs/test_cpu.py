@@ -249,11 +249,11 @@ class _ByHalves(ELAN):
 
 @bf16
 @settings(max_examples=25, deadline=None)
-@given(h=st.integers(1, 70), w=st.integers(1, 150), num_share=st.sampled_from([0, 1]), count=st.integers(1, 3),
+@given(h=st.integers(16, 70), w=st.integers(16, 150), num_share=st.sampled_from([0, 1]), count=st.integers(1, 3),
        windows=st.sampled_from([(4, 8, 16), (8, 12), (16,), (4, 20)]), width=st.integers(1, 3))
 def test_in_bfloat16_an_image_is_what_rounded_factors_give(h, w, num_share, count, windows, width):
-    """But where a number lies half way between two of bfloat16, and a last bit of float32 sends it to the other one: few
-    pixels, which count in the norm and not in the median."""
+    """But where a number lies half way between two of bfloat16, and the last bit sends it to the other one: few pixels,
+    which count in the norm and not in the median. (Of images of few pixels they would be many.)"""
     net = _network(num_block=2, num_feat=10 * width * len(windows), num_share=num_share, window_sizes=windows)
     x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(h * w))
     threads = torch.get_num_threads()
@@ -267,7 +267,7 @@ def test_in_bfloat16_an_image_is_what_rounded_factors_give(h, w, num_share, coun
     rounded.__class__ = _ByHalves
     expected, exact = _evaluate(rounded, x.double()), _of_the_modules(net, x, _evaluate)
     off, rounding = (ours - expected).abs(), (exact - expected).abs()
-    assert off.median() <= 0.03 * rounding.median() and off.norm() <= 0.3 * rounding.norm()
+    assert off.median() <= 0.02 * rounding.median() and off.norm() <= 0.2 * rounding.norm()
 
 
 @bf16
