@@ -60,7 +60,9 @@ struct Shared {
 #undef NAMESPACE
 #undef LANES
 
-#define NAMESPACE avx512_bf16  // inference alone: in training the weights' updates are smaller than bfloat16's last bit
+#if __GNUC__ >= 11  // older compilers do not know the instructions
+#define WITH_BF16
+#define NAMESPACE avx512_bf16  // inference alone: training is in float32 under autocast too
 #define LANES 16
 #define BF16
 #pragma GCC push_options
@@ -74,6 +76,7 @@ struct Shared {
 #undef NAMESPACE
 #undef LANES
 #undef BF16
+#endif
 
 #define NAMESPACE avx2
 #define LANES 8
@@ -103,11 +106,7 @@ int width() {
     return found;
 }
 
-bool has_bf16() { return width() == 16 && __builtin_cpu_supports("avx512bf16"); }
-
 }  // namespace
-
-#define CHOOSE_BF16(bf16, name, ...) (bf16 ? avx512_bf16::name(__VA_ARGS__) : CHOOSE(name, __VA_ARGS__))
 
 #else  // aarch64, of which every processor has NEON
 
@@ -124,11 +123,16 @@ bool has_bf16() { return width() == 16 && __builtin_cpu_supports("avx512bf16"); 
 
 namespace {
 constexpr int width() { return LANES; }
-constexpr bool has_bf16() { return false; }
 }  // namespace
 
-#define CHOOSE_BF16(bf16, name, ...) CHOOSE(name, __VA_ARGS__)
+#endif
 
+#ifdef WITH_BF16
+#define CHOOSE_BF16(bf16, name, ...) (bf16 ? avx512_bf16::name(__VA_ARGS__) : CHOOSE(name, __VA_ARGS__))
+#define HAS_BF16 (width() == 16 && __builtin_cpu_supports("avx512bf16"))
+#else
+#define CHOOSE_BF16(bf16, name, ...) CHOOSE(name, __VA_ARGS__)
+#define HAS_BF16 false
 #endif
 
 extern "C" {
@@ -138,7 +142,7 @@ extern "C" {
 long elan_lanes() { return width(); }
 
 // Whether the processor multiplies pairs of bfloat16, which a call that says `bf16` takes.
-long elan_has_bf16() { return has_bf16(); }
+long elan_has_bf16() { return HAS_BF16; }
 
 // What these kernels were compiled from, as setup.py and library.py sum it up.
 const char *elan_sources() { return SOURCES; }
