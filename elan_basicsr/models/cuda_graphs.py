@@ -26,6 +26,7 @@ def record(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None, ac
 
     Raises:
         UserError: The network cannot be recorded.
+        torch.OutOfMemoryError: As a step without it would have.
     """
     eager, x = net.forward, torch.zeros(shape, device=next(net.parameters()).device)
     statistics = [(buffer, buffer.clone()) for buffer in net.buffers()]
@@ -37,6 +38,8 @@ def record(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None, ac
         torch.cuda.make_graphed_callables(net.train(), (x,))
     except (RuntimeError, AssertionError) as error:
         first = error.__context__ or error  # the end of a recording that has failed is an error of its own
+        if isinstance(first, torch.OutOfMemoryError):
+            raise first from None
         reason = str(first).strip().partition('\n')[0][:200]
         raise UserError(f'cuda_graphs: the passes of {type(net).__name__} cannot be recorded ({reason}); leave the key '
                         'out') from error

@@ -66,12 +66,12 @@ def measure(machine: Machine, work: Work, dtype: torch.dtype, modules: bool = Fa
         leave_to_modules(net)
     if compiled:  # the modules, too
         net.compile()
-    if graphs:
-        cuda_graphs.record(net, work.shape, None, accumulates=False)
     x = torch.rand(work.shape, device=machine.device)
     gt = torch.rand(*work.shape[:2], *(SCALE * edge for edge in work.shape[2:]), device=machine.device)
     call: Callable[[], object] = training_step(net, x, gt, dtype) if work.training else inference_call(net, x, dtype)
     try:
+        if graphs:
+            cuda_graphs.record(net, work.shape, None, accumulates=False)
         timing = time_interleaved({'': call}, RUNS, str(machine.device))['']
         if not machine.on_gpu:
             return Outcome(True, f'{1000 * timing.median:,.0f} ms')

@@ -367,6 +367,19 @@ def test_a_recording_that_fails_is_one_line(make, monkeypatch):
         cuda_graphs.record(net, (4, 3, 16, 16), None, False)
 
 
+def test_a_recording_for_which_memory_does_not_suffice_says_so(make, monkeypatch):
+    def fail(net, args):
+        try:
+            raise torch.OutOfMemoryError('CUDA out of memory.')
+        finally:
+            raise RuntimeError('CUDA error: operation failed due to a previous error during capture')
+
+    net = make().net_g
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_graphs.record(net, (4, 3, 16, 16), None, False)
+
+
 def test_batches_of_real_esrgan_are_cut_by_its_own_size():
     model = object.__new__(RealELANNetModel)
     model.opt = {'scale': 4, 'gt_size': 64, 'datasets': {'train': {'gt_size': 128}}}
