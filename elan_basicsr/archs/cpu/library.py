@@ -18,7 +18,6 @@ from torch import Tensor
 
 from elan_basicsr.archs.stand_in import setting
 
-OUTPUTS = 5  # of a tile, as in kernels/tiles.h
 PIXELS = 64  # of a tile, at most
 LINE = 16  # numbers that lines are multiples of
 BAND = 16  # rows, at least: local features compute two more of them for each
@@ -78,16 +77,27 @@ def has_bf16() -> bool:
 
 
 def packed(weight: Tensor, bias: Tensor | None = None, bf16: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: (blocks, C, OUTPUTS), (blocks OUTPUTS).
+    """Weight (D, C) and bias (D) of a 1x1 convolution as kernels read them: in blocks of the outputs of a tile.
 
-    With `bf16` the weights are rounded to bfloat16, and those of two inputs share 32 bits: (blocks, C / 2, OUTPUTS).
+    With `bf16` the weights are rounded to bfloat16, and those of two inputs share 32 bits.
+
+    Returns:
+        (blocks, C, outputs) or (blocks, C / 2, outputs), and (blocks outputs).
     """
     n, k = weight.shape
-    to = weight.new_empty(-(-n // OUTPUTS), k // 2 if bf16 else k, OUTPUTS)
+    outputs = _outputs()
+    to = weight.new_empty(-(-n // outputs), k // 2 if bf16 else k, outputs)
     call('elan_pack_weights', weight, *weight.stride(), to, n, k, bf16)
     if bias is not None:
-        bias = F.pad(bias, (0, -n % OUTPUTS)) if n % OUTPUTS else bias.contiguous()
+        bias = F.pad(bias, (0, -n % outputs)) if n % outputs else bias.contiguous()
     return to, bias
+
+
+@cache
+def _outputs() -> int:
+    found = library()
+    assert found is not None  # or nobody would ask
+    return found.elan_outputs()
 
 
 def windows_together(window: int) -> int:

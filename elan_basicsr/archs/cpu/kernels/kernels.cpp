@@ -141,6 +141,15 @@ extern "C" {
 // else here may be called.
 long elan_lanes() { return width(); }
 
+// Outputs of a tile, of which packed weights are blocks.
+long elan_outputs() {
+#ifdef __x86_64__
+    return width() == 16 ? avx512::R : avx2::R;
+#else
+    return neon::R;
+#endif
+}
+
 // Whether the processor multiplies pairs of bfloat16, which a call that says `bf16` takes.
 long elan_has_bf16() { return HAS_BF16; }
 

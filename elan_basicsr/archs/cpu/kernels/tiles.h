@@ -9,8 +9,8 @@ typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_a
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef int32_t loose_int __attribute__((may_alias));
 
-constexpr int R = 5;                    // outputs of a tile: 60, 120, 180 and 360 channels leave no rest
 constexpr bool FEW = LANES == 8;        // registers: AVX2 has 16, AVX-512 and NEON have 32
+constexpr int R = FEW ? 6 : 5;          // outputs of a tile: 60, 120, 180 and 360 channels leave no rest
 constexpr int V = FEW ? 2 : 4;          // vectors of pixels of a tile; R * V sums stay in registers
 constexpr long PIXELS = V * LANES;
 
