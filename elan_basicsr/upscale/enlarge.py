@@ -187,9 +187,7 @@ class Enlarger:
         x = torch.from_numpy(pixels.copy()).to(self.device).permute(2, 0, 1).contiguous()
         x = x.float() / np.iinfo(pixels.dtype).max
         x = x[:, None] if self.grey else x.expand(3, -1, -1)[None].contiguous()
-        net: Callable[[Tensor], Tensor] = self.network.net
-        if self.replayed is not None and net is self.replayed.net:
-            net = self.replayed
+        net: Callable[[Tensor], Tensor] = self.replayed or self.network.net
         y = inference.average_of_turns(net, x) if self.self_ensemble else net(x)
         return y[:, 0] if self.grey else y[0]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -21,23 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from elan_basicsr.archs import cpu, elan_arch
 from elan_basicsr.archs.cpu import inference, library, training
 from elan_basicsr.archs.elan_arch import ELAN
-from elan_basicsr.checkpoint import load_elan
-from elan_basicsr.data.images import read_bgr
 
 from .steps import step, weights_like
-from basicsr.metrics import calculate_psnr
 
 compiled = pytest.mark.skipif(library.library() is None, reason='no kernels were compiled for this processor')
 # float32 against float64: of the range of an image, and of the norm of a gradient.
 ROUNDING, GRADIENT_ROUNDING = 2e-6, 2e-5
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, for a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def _network(**arguments) -> ELAN:
@@ -196,8 +184,7 @@ def test_what_traces_or_transforms_the_network_sees_its_modules():
 @pytest.mark.parametrize('autocast', [None, torch.float16, torch.bfloat16])
 def test_evaluation_takes_them_under_autocast_too(monkeypatch, autocast):
     """In float32, but for bfloat16 where the processor multiplies it."""
-    monkeypatch.setattr(library, 'has_bf16', lambda: False)
-    monkeypatch.setattr(inference, 'has_bf16', library.has_bf16)
+    monkeypatch.setattr(inference, 'has_bf16', lambda: False)
     net, x, calls, run_body = _network(), torch.rand(1, 3, 20, 30), [], inference.run_body
     exact = _of_the_modules(net, x, _evaluate)
     monkeypatch.setattr(inference, 'run_body', lambda *a: calls.append(1) or run_body(*a))
@@ -205,107 +192,6 @@ def test_evaluation_takes_them_under_autocast_too(monkeypatch, autocast):
         ours = _evaluate(net, x)
     assert calls == [1] and ours.dtype == torch.float32
     assert (ours - exact).abs().max() <= ROUNDING * (exact.max() - exact.min() + 1)
-
-
-bf16 = pytest.mark.skipif(not library.has_bf16(), reason='this processor does not multiply in bfloat16')
-
-
-def _halves(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.float32).to(torch.bfloat16).to(x.dtype)
-
-
-class _ByHalves(ELAN):
-    """What kernels compute in bfloat16, by the modules: factors are rounded, all else is float64."""
-
-    def _run_body(self, x):
-        for block in self.body:
-            queries = ()
-            for lfe, gmsa in zip(block.lfe, block.gmsa, strict=True):
-                hidden = self._conv(lfe.conv0, elan_arch.shift(x)).relu()
-                x = x + self._conv(lfe.conv1, elan_arch.shift(hidden))
-                attended, queries = self._attend(gmsa, x, queries)
-                x = x + self._conv(gmsa.project_out, attended)
-        return x
-
-    @staticmethod
-    def _conv(conv, x):
-        return F.conv2d(_halves(x), _halves(conv.weight), conv.bias)
-
-    def _attend(self, gmsa, x, queries):
-        weight, bias = inference.folded(gmsa.project_in, gmsa.norm)
-        groups, results, kept = len(self.window_sizes), [], []
-        for i, (w, b) in enumerate(zip(weight.chunk(groups), bias.chunk(groups), strict=True)):
-            window, own = self.window_sizes[i], len(w) - self.head.out_channels // groups
-            q = F.conv2d(x, w[:own, :, None, None], b[:own]) if own else None
-            q = queries[i] if q is None else elan_arch.cut_windows(q, window, gmsa.shifted)
-            v = F.conv2d(_halves(x), _halves(w[own:, :, None, None]), b[own:])
-            logits = q @ q.transpose(1, 2)
-            p = (logits - logits.amax(2, keepdim=True)).exp()
-            y = _halves(p) @ _halves(elan_arch.cut_windows(v, window, gmsa.shifted)) / p.sum(2, keepdim=True)
-            results.append(elan_arch.paste_windows(y, x.shape[2:], window, gmsa.shifted))
-            kept.append(q)
-        return torch.cat(results, 1), kept
-
-
-@bf16
-@settings(max_examples=25, deadline=None)
-@given(h=st.integers(16, 70), w=st.integers(16, 150), num_share=st.sampled_from([0, 1]), count=st.integers(1, 3),
-       windows=st.sampled_from([(4, 8, 16), (8, 12), (16,), (4, 20)]), width=st.integers(1, 3))
-def test_in_bfloat16_an_image_is_what_rounded_factors_give(h, w, num_share, count, windows, width):
-    """But where a number lies half way between two of bfloat16, and the last bit sends it to the other one: few pixels,
-    which count in the norm and not in the median. (Of images of few pixels they would be many.)"""
-    net = _network(num_block=2, num_feat=10 * width * len(windows), num_share=num_share, window_sizes=windows)
-    x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(h * w))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        with torch.autocast('cpu', torch.bfloat16):
-            ours = _evaluate(net, x)
-    finally:
-        torch.set_num_threads(threads)
-    rounded = copy.deepcopy(net).double()
-    rounded.__class__ = _ByHalves
-    expected, exact = _evaluate(rounded, x.double()), _of_the_modules(net, x, _evaluate)
-    off, rounding = (ours - expected).abs(), (exact - expected).abs()
-    assert off.median() <= 0.02 * rounding.median() and off.norm() <= 0.2 * rounding.norm()
-
-
-@bf16
-def test_in_bfloat16_the_number_of_threads_changes_no_bit(threads):
-    net, x = _network(num_block=8), torch.rand(1, 3, 100, 200)
-    with torch.autocast('cpu', torch.bfloat16):
-        threads(1)
-        alone = _evaluate(net, x)
-        for count in (2, 7):
-            threads(count)
-            assert torch.equal(_evaluate(net, x), alone)
-
-
-@bf16
-def test_channels_that_are_not_shifted_in_pairs_stay_in_float32():
-    net, x = _network(num_feat=45), torch.rand(1, 3, 20, 30)
-    with torch.autocast('cpu', torch.bfloat16):
-        ours = _evaluate(net, x)
-    assert torch.equal(ours, _evaluate(net, x))
-
-
-@bf16
-def test_in_bfloat16_set5_is_what_it_is_in_float32(shared):
-    """To a grey level at 999 of 1,000 pixels, and to 0.01 dB."""
-    net, psnr, off = load_elan(shared / 'trained/frl_light_x4.pth').eval(), {True: [], False: []}, []
-    for file in sorted((shared / 'data/Set5/LRbicx4').glob('*.png')):
-        x = torch.from_numpy(read_bgr(str(file))[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
-        gt = read_bgr(str(shared / 'data/Set5/HR' / file.name))
-        images = {}
-        for on in psnr:
-            with torch.autocast('cpu', torch.bfloat16, on):
-                images[on] = _evaluate(net, x)[0].clamp(0, 1) * 255
-            pixels = images[on].round().permute(1, 2, 0).numpy()[..., ::-1]
-            psnr[on].append(calculate_psnr(pixels, gt[:pixels.shape[0], :pixels.shape[1]], 4, test_y_channel=True))
-        off.append((images[True] - images[False]).abs().flatten())
-    every = torch.cat(off)
-    assert 0 < every.kthvalue(round(0.999 * len(every))).values <= 1
-    assert len(off) == 5 and abs(sum(psnr[True]) - sum(psnr[False])) / 5 <= 0.01
 
 
 @compiled

@@ -169,7 +169,7 @@ def _lose_the_device() -> str:
         torch._assert_async(torch.zeros(1, dtype=torch.bool, device=x.device))  # as torch.compile does
         return F.interpolate(x, scale_factor=2)
 
-    broken.network.net = net
+    broken.network.net, broken.replayed = net, None
     try:
         broken.pixels(random_pixels(20, 20), np.uint8)
     except Exception as error:

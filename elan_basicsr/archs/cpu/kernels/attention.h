@@ -158,13 +158,11 @@ INLINE void pair_tokens(float *x, long numbers) {
 static void attend(const float *x, float *out, float *queries, bool shares, const Windows &windows, long task, long d,
                    const Projection &projection, float *scratch) {
     const long c = windows.size.c, room = windows.room(), n = windows.tokens();
-    float *tokens = scratch, *q = tokens + c * room, *v = q + d * room, *result = v + d * room;
+    float *tokens = scratch, *own = tokens + c * room, *v = own + d * room, *result = v + d * room;
     float *packed = result + d * room, *maps = packed + (FACTORS == PAIRS ? c / 2 * room : 0);
+    float *q = queries ? queries + task * d * room : own;
     cut(x, windows, task, c, tokens);
-    float *shared = queries ? queries + task * d * room : nullptr;
-    if (shares) q = shared;
-    else project<SINGLE>(tokens, windows, task, projection.query_weights, projection.query_bias, c, d, q);
-    if (shared && !shares) memcpy(shared, q, d * room * 4);
+    if (!shares) project<SINGLE>(tokens, windows, task, projection.query_weights, projection.query_bias, c, d, q);
     long stride = room;
     const float *lines = lines_of_factors(tokens, stride, packed, c, room / LANES);
     project(lines, windows, task, projection.value_weights, projection.value_bias, c, d, v);

@@ -105,8 +105,8 @@ INLINE float *cleared(float *sums, const Piece &piece, long numbers) {
     return (float *)memset(sums + piece.slot * numbers, 0, numbers * 4);
 }
 
-// totals[i][j] = the sum over slots of [slot][i][j], or totals[j][i]; rows of `columns` numbers lie `line` apart in slots.
-// Few are added sooner than threads have met.
+// totals[i][j] = the sum over slots of [slot][i][j], or totals[j][i]; rows of `columns` numbers lie `line` apart in
+// slots. Few are added sooner than threads have met.
 static void add_slots(const float *sums, float *totals, long slots, long rows, long columns, long line, bool transposed,
                       long threads) {
     constexpr long some = 512, few = 1 << 22;

@@ -159,8 +159,8 @@ const char *elan_sources() { return SOURCES; }
 void elan_body(float *x, float *other, long h, long w, long pitch, long c, long hidden, long groups,
                const int64_t *edges, float *const *queries, const Module *modules, const Projection *projections,
                long count, long bf16, float *scratch, long each, long rows, long pieces, long threads) {
-    CHOOSE_BF16(bf16, run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x, other,
-           {rows, pieces, threads}, scratch, each);
+    CHOOSE_BF16(bf16, run_body, {{1, h, w, pitch, c}, hidden, groups, edges, queries, modules, projections, count}, x,
+                other, {rows, pieces, threads}, scratch, each);
 }
 
 void elan_features_forward(const float *x, float *hidden, float *out, long b, long h, long w, long c, long wide,

@@ -100,14 +100,13 @@ INLINE uint32_t half_of(float x) {
 }
 
 // Weights (n, k) of which rows and columns are so many numbers apart, packed for `tile`.
-template <Factors F = FACTORS>
 static void pack_weights(const float *weights, long row, long column, float *to, long n, long k) {
     for (long first = 0; first < n; first += R)
-        for (long j = 0; j < k; j += F == PAIRS ? 2 : 1)
+        for (long j = 0; j < k; j += TOGETHER)
             for (long i = first; i < first + R; i++, to++) {
                 const float *at = weights + i * row + j * column;
                 if (i >= n) *to = 0;
-                else if (F == SINGLE) *to = *at;
+                else if (FACTORS == SINGLE) *to = *at;
                 else *(loose_int *)to = half_of(at[0]) | half_of(at[column]) << 16;
             }
 }
@@ -167,7 +166,7 @@ INLINE const float *lines_of_factors(const float *from, long &stride, float *pac
     return packed;
 }
 
-// The same for whole rows of a map: x and out are their first ones. Pairs take `packed`, room for a tile of inputs.
+// `product` for whole rows of a map: x and out are their first ones. Pairs take `packed`, room for a tile of inputs.
 template <Into INTO>
 INLINE void product_of_rows(const float *x, const Map &size, long rows, const float *weights, const float *bias, long n,
                             float *out, float *packed = nullptr) {
